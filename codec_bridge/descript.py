@@ -1,0 +1,40 @@
+"""Import descript-audio-codec, also where its unused dependency torchaudio cannot load.
+
+`import dac` imports audiotools, which imports torchaudio. Its wheels need CUDA libraries that a
+CPU build of torch does not bring, so the import fails there although the codec never calls it.
+An empty stand-in takes its place for the duration of the import.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+
+
+@functools.cache
+def import_dac() -> types.ModuleType:
+    """Return the `dac` package of descript-audio-codec."""
+    with _stand_in_for_broken_torchaudio(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("dac")
+
+
+@contextlib.contextmanager
+def _stand_in_for_broken_torchaudio() -> Iterator[None]:
+    try:
+        importlib.import_module("torchaudio")
+    except (ImportError, OSError, AttributeError, RuntimeError):
+        before = set(sys.modules)
+        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+        try:
+            yield
+        finally:
+            del sys.modules["torchaudio"]
+            for name in set(sys.modules) - before:
+                if name.startswith("torchaudio."):
+                    del sys.modules[name]
+    else:
+        yield
