@@ -1,0 +1,60 @@
+"""The `vampnet` command: finds the module of a sub-command and runs its `main`.
+
+Modules are imported only when their command runs, so that start-up stays short.
+"""
+
+import importlib
+import sys
+
+from codec_bridge.errors import InputError
+
+COMMANDS = {
+    "sample": "audio in, variations out",
+    "train": "train a coarse or fine model from a folder of tokens",
+    "tokenize": "turn audio files into a folder of tokens",
+    "import": "make a model directory from checkpoints or training runs",
+    "export-torch": "write a model as the original's .pth files",
+    "download": "fetch the original's published weights",
+}
+"""Sub-command → what it does; `a-b` lives in the module `vampnet_jax.cli.a_b`."""
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script `vampnet`."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if args else USER_ERROR)
+    if args[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("vampnet-jax"))
+        sys.exit(0)
+    if args[0] not in COMMANDS:
+        print(f"error: there is no command {args[0]!r}.\n\n{_usage()}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    run(args[0], args[1:])
+
+
+def run(command: str, argv: list[str] | None = None) -> None:
+    """Run one sub-command and exit: 0, 2 for bad input (one sentence), 130 for Ctrl-C."""
+    module_name = {"import": "import_"}.get(command, command.replace("-", "_"))
+    try:
+        module = importlib.import_module(f"vampnet_jax.cli.{module_name}")
+        status = module.main(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    sys.exit(status)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "usage: vampnet COMMAND [OPTIONS]   (vampnet COMMAND --help)\n\n" + "\n".join(lines)

@@ -1,0 +1,77 @@
+"""The dimensions of a model, and how it computes."""
+
+import dataclasses
+from typing import Literal
+
+from codec_bridge.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a model's parameters and its program; hashable, so static under jit.
+
+    The coarse and the fine model of VampNet are the same network; a fine model has
+    conditioning codebooks.
+    """
+
+    n_codebooks: int
+    """C, codebooks that the model reads."""
+    n_conditioning_codebooks: int = 0
+    """Cc, the first codebooks, which are given and never predicted."""
+    n_layers: int = 20
+    """L, transformer blocks."""
+    n_heads: int = 20
+    """H, attention heads; divides the width."""
+    embedding_dim: int = 1280
+    """D, the transformer's width."""
+    vocab_size: int = 1024
+    """V, codes per codebook; token id V is MASK."""
+    latent_dim: int = 8
+    """d, width of one codebook vector."""
+    dropout: float = 0.1
+    """Share of activations dropped in training (when a dropout key is given)."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products compute in; norms, softmax and logits are float32 always."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """Attention kernel; cudnn needs an NVIDIA GPU and bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_codebooks", "n_layers", "n_heads", "embedding_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.latent_dim < 1:
+            raise InputError(f"latent_dim is {self.latent_dim}; it must be at least 1.")
+        if not 0 <= self.n_conditioning_codebooks < self.n_codebooks:
+            raise InputError(
+                f"n_conditioning_codebooks is {self.n_conditioning_codebooks}; it must be from 0 "
+                f"to n_codebooks - 1 = {self.n_codebooks - 1}."
+            )
+        if self.embedding_dim % self.n_heads:
+            raise InputError(
+                f"embedding_dim {self.embedding_dim} is not a multiple of n_heads {self.n_heads}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout}; it must be from 0 to below 1.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype is {self.dtype!r}; choose float32 or bfloat16.")
+        if self.attention not in ("xla", "cudnn"):
+            raise InputError(f"attention is {self.attention!r}; choose xla or cudnn.")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise InputError("cuDNN attention computes in 16 bits; set dtype to bfloat16 with it.")
+
+    @property
+    def mask_token(self) -> int:
+        """The id of MASK: one past the last code."""
+        return self.vocab_size
+
+    @property
+    def n_predicted_codebooks(self) -> int:
+        """Cp = C - Cc."""
+        return self.n_codebooks - self.n_conditioning_codebooks
+
+    @property
+    def head_dim(self) -> int:
+        """K = D / H."""
+        return self.embedding_dim // self.n_heads

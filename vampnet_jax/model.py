@@ -1,0 +1,94 @@
+"""`init` and `apply`: the model as pure functions over a plain dict of parameters.
+
+Both work under jit, grad, vmap and sharding; the layout of the dict is in docs/architecture.md.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vampnet_jax.config import ModelConfig
+from vampnet_jax.transformer import VampNet
+
+Params = dict
+"""Nested dict of float32 arrays."""
+
+
+def init(key: jax.Array, config: ModelConfig, codebooks: jax.Array) -> Params:
+    """Draw the parameters of an untrained model.
+
+    Args:
+      key: a JAX random key.
+      config: the model's dimensions.
+      codebooks: float32 `[≥C, V, d]`, the codec's own vectors; the first C are used and never
+        trained.
+
+    Returns:
+      A nested dict of float32 arrays.
+
+    Raises:
+      ValueError: codebooks do not fit the configuration.
+    """
+    wanted = (config.n_codebooks, config.vocab_size, config.latent_dim)
+    if codebooks.shape[0] < wanted[0] or codebooks.shape[1:] != wanted[1:]:
+        raise ValueError(f"codebooks are {codebooks.shape}; the model needs {wanted} or more rows")
+    used = jnp.asarray(codebooks[: config.n_codebooks], jnp.float32)
+    return nnx.to_pure_dict(nnx.state(VampNet(config, used, nnx.Rngs(params=key))))
+
+
+def apply(
+    params: Params,
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Logits of every predicted token (VampNet, section 3).
+
+    Args:
+      params: as `init` returns.
+      tokens: int32 `[B, C, T]`, ids 0 … V−1, or V for MASK.
+      config: the model's dimensions.
+      dropout_key: switches dropout on (training).
+
+    Returns:
+      float32 `[B, Cp, T, V]`.
+    """
+    logits = frame_major_logits(params, tokens, config, dropout_key=dropout_key)
+    return jnp.swapaxes(logits, 1, 2)
+
+
+def frame_major_logits(
+    params: Params,
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    bias: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """As `apply`, in the order the model computes them: float32 `[B, T, Cp, V]`.
+
+    `bias` is what `position_bias` returns, for callers that use it more than once.
+    """
+    module = nnx.merge(_graphdef(config), params)
+    return module(tokens, config, bias, dropout_key)
+
+
+def position_bias(params: Params, n_frames: int, config: ModelConfig) -> jax.Array:
+    """Relative-position bias added to attention scores, `[H, query, key]`."""
+    return nnx.merge(_graphdef(config), params).bias_of_frames(n_frames)
+
+
+def latents(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """Codec vectors of tokens `[B, C, T]` before the projection, `[B, C, T, d]`."""
+    return nnx.merge(_graphdef(config), params).embedding.latents(tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of the network, made once per configuration without allocating arrays."""
+    shape = (config.n_codebooks, config.vocab_size, config.latent_dim)
+    codebooks = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return nnx.graphdef(nnx.eval_shape(lambda c: VampNet(config, c, nnx.Rngs(params=0)), codebooks))

@@ -1,0 +1,205 @@
+"""The masked transformer as Flax NNX modules. Use it through `vampnet_jax.model`.
+
+Letters in shapes and einsums: B batch, T frames (queries t, keys s), C codebooks (p predicted),
+V codes, d latent width, D width, H heads, K width of a head, F hidden width of the feed-forward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from codec_bridge.errors import InputError
+from vampnet_jax.config import ModelConfig
+
+RMS_EPSILON = 1e-6
+POSITION_BUCKETS = 32
+"""Rows of the relative-position table: half for keys before the query, half for keys after."""
+MAX_DISTANCE = 128
+"""Keys this far away or further share the last bucket of their side."""
+
+_lecun = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0)
+
+
+def relative_position_buckets(n_frames: int) -> np.ndarray:
+    """Bucket of every (query, key) pair, int32 `[T, T]` (T5: Raffel et al. 2020, section 2.1).
+
+    The first eight distances have a bucket each; after that buckets widen by √2 up to
+    `MAX_DISTANCE`. Computed in integers, so that no rounding of a logarithm can move a border.
+    """
+    side = POSITION_BUCKETS // 2
+    exact = side // 2
+    offset = np.arange(n_frames)[None, :] - np.arange(n_frames)[:, None]  # key − query
+    distance = np.abs(offset).astype(np.int64)
+    # trunc(log(m/8) / log(16) · 8) = number of j ≥ 1 with m² ≥ 8² · 2ʲ
+    ratio = MAX_DISTANCE // exact
+    growth = ratio ** (2 / (side - exact))
+    borders = exact**2 * growth ** np.arange(1, side - exact)
+    widening = exact + np.searchsorted(np.round(borders), distance**2, side="right")
+    bucket = np.where(distance < exact, distance, widening)
+    return (bucket + np.where(offset > 0, side, 0)).astype(np.int32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """RMSNorm over the last axis in float32, back in the input's dtype (Zhang & Sennrich 2019)."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + RMS_EPSILON)
+    return (y * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero a share `rate` of x and scale up the rest; without a key, x itself."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+class Embedding(nnx.Module):
+    """Codec vectors of the C tokens of a frame, concatenated and projected to D."""
+
+    def __init__(self, config: ModelConfig, codebooks: jax.Array, rngs: nnx.Rngs) -> None:
+        n, d = config.n_codebooks, config.latent_dim
+        self.codebooks = nnx.Param(codebooks)
+        self.mask = nnx.Param(jax.random.normal(rngs.params(), (n, d)))
+        kernel = _lecun(rngs.params(), (n * d, config.embedding_dim), jnp.float32)
+        self.kernel = nnx.Param(kernel.reshape(n, d, config.embedding_dim))
+        self.bias = nnx.Param(jnp.zeros(config.embedding_dim))
+
+    def latents(self, tokens: jax.Array) -> jax.Array:
+        """Look up int32 `[B, C, T]` → `[B, C, T, d]`; id V is the learned MASK vector."""
+        frozen = lax.stop_gradient(self.codebooks[...])  # [C, V, d]
+        table = jnp.concatenate([frozen, self.mask[...][:, None]], axis=1)  # [C, V+1, d]
+        return jax.vmap(lambda rows, ids: rows[ids], in_axes=(0, 1), out_axes=1)(table, tokens)
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        latents = self.latents(tokens).astype(dtype)
+        x = jnp.einsum("BCTd,CdD->BTD", latents, self.kernel[...].astype(dtype))
+        return x + self.bias[...].astype(dtype)[None, None]
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and gated feed-forward, both residual."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        d, h, k = config.embedding_dim, config.n_heads, config.head_dim
+        f = 2 * d
+        residual = (2 * config.n_layers) ** -0.5  # keeps the residual stream's scale (GPT-2)
+
+        def projection(n_in: int, *shape: int, scale: float = 1.0) -> nnx.Param:
+            kernel = _lecun(rngs.params(), (n_in, int(np.prod(shape)) // n_in), jnp.float32)
+            return nnx.Param(scale * kernel.reshape(shape))
+
+        self.attention_norm = nnx.Param(jnp.ones(d))
+        self.query = projection(d, d, h, k)
+        self.key = projection(d, d, h, k)
+        self.value = projection(d, d, h, k)
+        self.out = projection(d, h, k, d, scale=residual)
+        self.feed_forward_norm = nnx.Param(jnp.ones(d))
+        self.up = projection(d, d, 2, f)
+        self.down = projection(f, f, d, scale=residual)
+
+    def __call__(
+        self, x: jax.Array, bias: jax.Array, config: ModelConfig, key: jax.Array | None
+    ) -> jax.Array:
+        """Transform `[B, T, D]`; bias is `[H, T, T]`, key switches dropout on."""
+        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+        rate = config.dropout
+        attended = self.attend(rms_norm(x, self.attention_norm[...]), bias, config, keys[0])
+        x = x + dropout(attended, rate, keys[1])
+        fed = self.feed_forward(rms_norm(x, self.feed_forward_norm[...]), rate, keys[2])
+        return x + dropout(fed, rate, keys[3])
+
+    def attend(
+        self, x: jax.Array, bias: jax.Array, config: ModelConfig, key: jax.Array | None
+    ) -> jax.Array:
+        """Bidirectional attention with a relative-position bias; no biases in projections."""
+        q = jnp.einsum("BTD,DHK->BTHK", x, self.query[...].astype(x.dtype))
+        k = jnp.einsum("BTD,DHK->BTHK", x, self.key[...].astype(x.dtype))
+        v = jnp.einsum("BTD,DHK->BTHK", x, self.value[...].astype(x.dtype))
+        if config.attention == "cudnn":
+            mixed = jax.nn.dot_product_attention(
+                q, k, v, bias=bias[None].astype(x.dtype), implementation="cudnn"
+            )
+        else:
+            q = q / np.sqrt(config.head_dim).astype(q.dtype)
+            scores = jnp.einsum("BtHK,BsHK->BHts", q, k, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(scores + bias[None].astype(jnp.float32), axis=-1)
+            weights = dropout(weights, config.dropout, key).astype(x.dtype)
+            mixed = jnp.einsum("BHts,BsHK->BtHK", weights, v)
+        return jnp.einsum("BTHK,HKD->BTD", mixed, self.out[...].astype(x.dtype))
+
+    def feed_forward(self, x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+        """Gated GELU (Shazeer 2020): a · gelu(b)."""
+        hidden = jnp.einsum("BTD,DgF->BTgF", x, self.up[...].astype(x.dtype))
+        hidden = hidden[:, :, 0] * jax.nn.gelu(hidden[:, :, 1], approximate=True)
+        hidden = dropout(hidden, rate, key)
+        return jnp.einsum("BTF,FD->BTD", hidden, self.down[...].astype(x.dtype))
+
+
+class Head(nnx.Module):
+    """Linear layer to the logits of every predicted codebook.
+
+    The original normalises its weight per output row; here that is folded into the kernel, the
+    same function with fewer parameters.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        d, p, v = config.embedding_dim, config.n_predicted_codebooks, config.vocab_size
+        self.kernel = nnx.Param(_lecun(rngs.params(), (d, p * v), jnp.float32).reshape(d, p, v))
+        self.bias = nnx.Param(jnp.zeros((p, v)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` → float32 `[B, T, Cp, V]`."""
+        kernel = self.kernel[...].astype(x.dtype)
+        logits = jnp.einsum("BTD,DpV->BTpV", x, kernel, preferred_element_type=jnp.float32)
+        return logits + self.bias[...][None, None]
+
+
+class VampNet(nnx.Module):
+    """Embedding, L blocks with stacked parameters run by a scan, norm and head."""
+
+    def __init__(self, config: ModelConfig, codebooks: jax.Array, rngs: nnx.Rngs) -> None:
+        self.embedding = Embedding(config, codebooks, rngs)
+        keys = jax.random.split(rngs.params(), config.n_layers)
+        self.blocks = nnx.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(keys)
+        shape = (POSITION_BUCKETS, config.n_heads)
+        self.position_bias = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        self.norm = nnx.Param(jnp.ones(config.embedding_dim))
+        self.head = Head(config, rngs)
+
+    def bias_of_frames(self, n_frames: int) -> jax.Array:
+        """The bias of every (query, key) pair, `[H, T, T]`, shared by all blocks."""
+        buckets = relative_position_buckets(n_frames)
+        return jnp.moveaxis(self.position_bias[...][buckets], -1, 0)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        config: ModelConfig,
+        bias: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens int32 `[B, C, T]` → logits float32 `[B, T, Cp, V]`."""
+        if dropout_key is not None and config.attention == "cudnn" and config.dropout > 0:
+            raise InputError(
+                "cuDNN attention has no dropout on its weights; train with attention 'xla', or "
+                "with dropout 0."
+            )
+        if bias is None:
+            bias = self.bias_of_frames(tokens.shape[-1])
+        x = self.embedding(tokens, jnp.dtype(config.dtype))
+        keys = None if dropout_key is None else jax.random.split(dropout_key, config.n_layers)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            params, key = layer
+            return nnx.merge(graphdef, params)(x, bias, config, key), None
+
+        if config.remat:
+            step = functools.partial(jax.checkpoint, prevent_cse=False)(step)
+        x, _ = lax.scan(step, x, (stacked, keys))
+        return self.head(rms_norm(x, self.norm[...]))
