@@ -88,7 +88,7 @@ def stretch(tokens: jax.Array, mask: jax.Array, factor: int) -> tuple[jax.Array,
       factor: how many times longer.
 
     Returns:
-      Tokens and mask `[..., C, T·factor]`; a frame that the mask generates is generated in every copy.
+      Tokens and mask `[..., C, T·factor]`; a frame that the mask generates stays so in every copy.
     """
     first_copy = jnp.arange(tokens.shape[-1] * factor) % factor == 0
     longer = jnp.repeat(mask, factor, axis=-1)
