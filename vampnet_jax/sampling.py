@@ -72,6 +72,10 @@ class SamplingOptions:
             )
 
 
+COARSE_DEFAULTS = SamplingOptions()
+FINE_DEFAULTS = SamplingOptions(steps=2)
+
+
 def schedule(steps: int) -> np.ndarray:
     """γ after each of S steps, the share of tokens still masked; float32 `[S]`.
 

@@ -1,0 +1,254 @@
+"""`load` and `save`: a model as a directory that can be handed on.
+
+config.json           dimensions of both models, their windows, the codec's fingerprint
+coarse.safetensors    parameters, float32 or bfloat16; names are paths such as `blocks/query`
+fine.safetensors
+codec.safetensors     the codec, with its kind and dimensions
+MODEL_CARD.md         what the model was trained on, its licence, figures
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import codec_bridge
+from codec_bridge.errors import InputError
+from vampnet_jax import model as network
+from vampnet_jax.config import ModelConfig
+
+FORMAT_VERSION = 1
+MODELS_IN_THE_BOX = Path(__file__).parent / "models"
+CARD = "MODEL_CARD.md"
+
+
+class Stage(NamedTuple):
+    """One of the two transformers."""
+
+    params: network.Params
+    config: ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A coarse and a fine model and the codec whose tokens they speak."""
+
+    coarse: Stage
+    fine: Stage
+    codec: codec_bridge.Codec
+    coarse_window: int
+    """Frames the coarse model reads at once."""
+    fine_window: int
+    """Frames the fine model reads at once."""
+    name: str = "unnamed"
+    card: str = ""
+    """The model card, Markdown."""
+
+    def __post_init__(self) -> None:
+        coarse, fine = self.coarse.config, self.fine.config
+        if coarse.n_conditioning_codebooks or fine.n_conditioning_codebooks != coarse.n_codebooks:
+            raise InputError(
+                f"the coarse model makes {coarse.n_codebooks} codebooks and the fine model is "
+                f"given {fine.n_conditioning_codebooks}; they do not belong together."
+            )
+        if fine.n_codebooks > self.codec.n_codebooks:
+            raise InputError(
+                f"the fine model speaks {fine.n_codebooks} codebooks and the codec has only "
+                f"{self.codec.n_codebooks}; they do not belong together."
+            )
+        for config in (coarse, fine):
+            if config.vocab_size != self.codec.codebook_size:
+                raise InputError(
+                    f"a model knows {config.vocab_size} codes and the codec has "
+                    f"{self.codec.codebook_size}; they do not belong together."
+                )
+
+
+def available_models() -> list[str]:
+    """Names of the models that ship inside the package."""
+    return sorted(path.parent.name for path in MODELS_IN_THE_BOX.glob("*/config.json"))
+
+
+def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
+    """Load a model by name or from its directory.
+
+    Args:
+      name_or_directory: a name of `available_models()`, "official" (after `vampnet download
+        official`), or a directory that `save` wrote.
+
+    Raises:
+      InputError: there is no such model, or a file of it is missing, damaged or of another model.
+    """
+    directory = resolve(name_or_directory)
+    description = _read_description(directory)
+    codec_path = _existing(directory, "codec.safetensors")
+    codec = codec_bridge.load(codec_path)
+    if codec.fingerprint != description["codec"]["fingerprint"]:
+        raise InputError(f"{codec_path} is not the codec that {directory} was made for.")
+    try:
+        card = (directory / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        card = ""
+    return Model(
+        coarse=_load_stage(directory, "coarse", description),
+        fine=_load_stage(directory, "fine", description),
+        codec=codec,
+        coarse_window=description["coarse"]["window"],
+        fine_window=description["fine"]["window"],
+        name=description["name"],
+        card=card,
+    )
+
+
+def resolve(name_or_directory: str | os.PathLike) -> Path:
+    """The directory of a model, by its name or path."""
+    if str(name_or_directory) in available_models():
+        return MODELS_IN_THE_BOX / str(name_or_directory)
+    directory = Path(name_or_directory)
+    if not directory.is_dir():
+        raise InputError(
+            f"there is no model {str(name_or_directory)!r}; give a model directory or one of: "
+            f"{', '.join(available_models())}."
+        )
+    return directory
+
+
+def save(
+    model: Model,
+    directory: str | os.PathLike,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory; it appears whole or not at all.
+
+    Args:
+      dtype: bfloat16 halves the files and rounds the parameters.
+      overwrite: replace an existing directory.
+
+    Raises:
+      InputError: the directory exists and overwrite is False, or cannot be written.
+    """
+    directory = Path(directory)
+    if directory.exists() and not overwrite:
+        raise InputError(f"{directory} exists; choose another name or overwrite it.")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error.strerror}.") from None
+    try:
+        staging.chmod(0o755)
+        _write(model, staging, dtype)
+        if directory.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=".replaced.", dir=directory.parent))
+            directory.rename(replaced / "model")
+            staging.rename(directory)
+            shutil.rmtree(replaced)
+        else:
+            staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(model: Model, directory: Path, dtype: str) -> None:
+    codec_bridge.save(model.codec, directory / "codec.safetensors", dtype=dtype)
+    # Rounding changes the codec, and so its fingerprint.
+    codec = codec_bridge.load(directory / "codec.safetensors")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "name": directory.name if model.name == "unnamed" else model.name,
+        "codec": {
+            "kind": codec.kind,
+            "fingerprint": codec.fingerprint,
+            "sample_rate": codec.sample_rate,
+            "hop_length": codec.hop_length,
+            "n_codebooks": codec.n_codebooks,
+            "codebook_size": codec.codebook_size,
+        },
+    }
+    for name, stage, window in (
+        ("coarse", model.coarse, model.coarse_window),
+        ("fine", model.fine, model.fine_window),
+    ):
+        description[name] = {"window": window, "config": dataclasses.asdict(stage.config)}
+        _save_stage(stage, directory / f"{name}.safetensors", dtype)
+    (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    (directory / CARD).write_text(model.card, encoding="utf-8")
+
+
+def _save_stage(stage: Stage, path: Path, dtype: str) -> None:
+    from safetensors.numpy import save_file
+
+    flat = flatten_dict(stage.params, sep="/")
+    save_file({name: np.asarray(x, jnp.dtype(dtype)) for name, x in flat.items()}, path)
+
+
+def _load_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage:
+    config = ModelConfig(**description[name]["config"])
+    params = load_params(_existing(directory, f"{name}.safetensors"), config)
+    return Stage(params, config)
+
+
+def load_params(path: Path, config: ModelConfig) -> network.Params:
+    """Read a parameter file, checked against the configuration before anything is loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    shape = (config.n_codebooks, config.vocab_size, config.latent_dim)
+    codebooks = jax.ShapeDtypeStruct(shape, jnp.float32)
+    wanted = jax.eval_shape(lambda c: network.init(jax.random.key(0), config, c), codebooks)
+    wanted = {name: x.shape for name, x in flatten_dict(wanted, sep="/").items()}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wrong = sorted(name for name, _ in set(found.items()) ^ set(wanted.items()))
+            if wrong:
+                raise InputError(
+                    f"{path} does not fit its config.json: {', '.join(dict.fromkeys(wrong))} "
+                    "missing, unknown or of another shape."
+                )
+            flat = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); fetch or make it again.") from None
+    return unflatten_dict(flat, sep="/")
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = _existing(directory, "config.json")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format_version"]
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{path} has format {version!r}; this version reads {FORMAT_VERSION}, so "
+                "another version of vampnet-jax wrote it."
+            )
+        if not isinstance(description["name"], str):
+            raise TypeError("name is not a string")
+        if not isinstance(description["codec"]["fingerprint"], str):
+            raise TypeError("codec.fingerprint is not a string")
+        for name in ("coarse", "fine"):
+            ModelConfig(**description[name]["config"])
+            window = description[name]["window"]
+            if not isinstance(window, int) or window < 1:
+                raise TypeError(f"{name}.window is {window!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} does not describe a model ({error}).") from None
+    return description
+
+
+def _existing(directory: Path, name: str) -> Path:
+    path = directory / name
+    if not path.is_file():
+        raise InputError(f"{directory} has no {name}; it is not a complete model directory.")
+    return path

@@ -1,0 +1,178 @@
+"""`vamp`: coarse model, then fine model, over token sequences of any length.
+
+A model reads windows of the length it was trained on. Windows overlap, and what an earlier window
+has generated is prompt for the next, so that there are no seams.
+
+- Coarse windows run one after the other, from left to right.
+- Fine windows depend on the coarse tokens more than on each other: windows that do not overlap
+  run as one batch, then those between them, which see generated tokens on both sides.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vampnet_jax.sampling import (
+    COARSE_DEFAULTS,
+    FINE_DEFAULTS,
+    SamplingOptions,
+    example_keys,
+    generate,
+)
+
+if TYPE_CHECKING:
+    from vampnet_jax.release import Model, Stage
+
+MAX_ROWS = 16
+"""Fine windows decoded at once; bounds memory."""
+
+Progress = Callable[[int, int], None]
+"""Called with (windows done, windows in all) after each step of the work."""
+
+
+def vamp(
+    model: "Model",
+    tokens: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    coarse: SamplingOptions = COARSE_DEFAULTS,
+    fine: SamplingOptions = FINE_DEFAULTS,
+    *,
+    on_progress: Progress | None = None,
+) -> jax.Array:
+    """Generate the masked tokens of all codebooks (VampNet, section 3).
+
+    Args:
+      model: as `vampnet_jax.load` returns.
+      tokens: int32 `[B, C, T]`, all codebooks of the fine model, any T.
+      mask: bool `[B, C, T]`, True = generate.
+      key: one random key, or one per example, as for `generate`.
+      coarse, fine: how to decode each stage.
+      on_progress: called as windows finish.
+
+    Returns:
+      int32 `[B, C, T]`; kept tokens are those of the input.
+
+    Raises:
+      ValueError: shapes do not fit each other or the model.
+    """
+    n_codebooks = model.fine.config.n_codebooks
+    n_coarse = model.coarse.config.n_codebooks
+    if tokens.ndim != 3 or tokens.shape[1] != n_codebooks:
+        raise ValueError(f"tokens are {tokens.shape}; the model needs [B, {n_codebooks}, T]")
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask is {mask.shape} and tokens are {tokens.shape}; they must be alike")
+    tokens, mask = np.array(tokens, np.int32), np.array(mask, bool)
+    n_examples, _, n_frames = tokens.shape
+    if n_examples == 0 or n_frames == 0:
+        return jnp.asarray(tokens)
+    keys = example_keys(key, n_examples)
+    coarse_keys, fine_keys = (_fold(keys, stage) for stage in (0, 1))
+
+    coarse_passes = [[start] for start in window_starts(n_frames, model.coarse_window)]
+    fine_passes = _independent(window_starts(n_frames, model.fine_window), model.fine_window)
+    total = sum(map(len, coarse_passes + fine_passes))
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, total)
+
+    _fill(
+        model.coarse, tokens[:, :n_coarse], mask[:, :n_coarse], coarse_keys, coarse,
+        coarse_passes, model.coarse_window, report,
+    )  # fmt: skip
+    mask[:, : model.fine.config.n_conditioning_codebooks] = False
+    _fill(model.fine, tokens, mask, fine_keys, fine, fine_passes, model.fine_window, report)
+    return jnp.asarray(tokens)
+
+
+def window_starts(n_frames: int, window: int) -> list[int]:
+    """First frames of windows that cover `n_frames`, each sharing a quarter or more with the next.
+
+    The last window ends with the last frame. A sequence that fits one window has one.
+    """
+    if n_frames <= window:
+        return [0]
+    stride = max(1, window - window // 4)
+    return [*range(0, n_frames - window, stride), n_frames - window]
+
+
+def _independent(starts: list[int], window: int) -> list[list[int]]:
+    """Windows in passes within which none overlap; every other window goes to the first pass."""
+    passes: list[list[int]] = []
+    for start in starts:
+        for members in passes:
+            if start >= members[-1] + window:
+                members.append(start)
+                break
+        else:
+            passes.append([start])
+    return passes
+
+
+def _fill(
+    stage: "Stage",
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    keys: jax.Array,
+    options: SamplingOptions,
+    passes: list[list[int]],
+    window: int,
+    report: Callable[[int], None],
+) -> None:
+    """Generate in place, pass by pass; whatever is generated is prompt from then on."""
+    mask = mask.copy()
+    n_examples = len(tokens)
+    for starts in passes:
+        rows = [(example, start) for start in starts for example in range(n_examples)]
+        batch = n_examples if len(starts) == 1 else MAX_ROWS
+        for first in range(0, len(rows), batch):
+            group = rows[first : first + batch]
+            # A few batch sizes mean a few compiled programs, whatever the length of the piece.
+            size = len(group) if len(starts) == 1 else _next_power_of_two(len(group))
+            _fill_group(stage, tokens, mask, keys, options, group, size, window)
+            report((first + len(group)) // n_examples - first // n_examples)
+
+
+def _fill_group(
+    stage: "Stage",
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    keys: jax.Array,
+    options: SamplingOptions,
+    group: list[tuple[int, int]],
+    size: int,
+    window: int,
+) -> None:
+    """Decode some (example, first frame) windows as one batch of `size` rows."""
+    spans = [(example, slice(start, start + window)) for example, start in group]
+    if any(mask[example, :, span].any() for example, span in spans):
+        padded = group + group[-1:] * (size - len(group))
+        padded_spans = [(example, slice(start, start + window)) for example, start in padded]
+        examples, starts = (np.array(column) for column in zip(*padded, strict=True))
+        made = generate(
+            stage.params,
+            jnp.asarray(np.stack([tokens[example, :, span] for example, span in padded_spans])),
+            jnp.asarray(np.stack([mask[example, :, span] for example, span in padded_spans])),
+            jax.vmap(jax.random.fold_in)(keys[examples], starts),
+            stage.config,
+            options,
+        )
+        for row, (example, span) in zip(np.asarray(made), spans, strict=False):
+            tokens[example, :, span] = row
+    for example, span in spans:
+        mask[example, :, span] = False
+
+
+def _fold(keys: jax.Array, data: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
