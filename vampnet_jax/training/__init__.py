@@ -1,0 +1,1 @@
+"""Training: token folders, objective, step, loop and checkpoints. Needs the extra `train`."""

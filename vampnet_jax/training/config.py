@@ -1,0 +1,217 @@
+"""Every number of a training run, and the presets."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from codec_bridge.errors import InputError
+from vampnet_jax.config import ModelConfig
+
+Stage = Literal["coarse", "fine"]
+Preset = Literal["tiny", "coarse", "fine"]
+ScheduleName = Literal["noam", "cosine", "constant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run's settings, hashable, so static under jit. The defaults are VampNet's recipe."""
+
+    model: ModelConfig
+    seed: int = 0
+    """Decides initial parameters, excerpts, masks and dropout."""
+    batch_size: int = 25
+    window_seconds: float = 10.0
+    """Length of an excerpt."""
+    min_loudness: float = -30.0
+    """LUFS; quieter excerpts are drawn again."""
+    steps: int | None = None
+    """Stop after so many steps."""
+    minutes: float | None = None
+    """Stop after so many minutes of training (validation included)."""
+    schedule: ScheduleName = "noam"
+    learning_rate: float = 2.0
+    """Peak of cosine and constant schedules; the factor of noam."""
+    warmup_steps: int = 10_000
+    weight_decay: float = 0.01
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    gradient_clip: float = 5.0
+    """Global norm that gradients are clipped to."""
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.999
+    """Of the moving average of the weights that is used afterwards; 0 keeps none."""
+    log_every: int = 20
+    """Steps between lines of the log."""
+    validate_every: int = 1000
+    """Steps between validations; each saves a checkpoint."""
+    validation_excerpts: int = 64
+    save_minutes: float = 10.0
+    """A checkpoint is also saved after so many minutes without one."""
+    keep: int = 2
+    """Newest checkpoints kept, besides the best."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "batch_size": 1,
+            "warmup_steps": 0,
+            "log_every": 1,
+            "validate_every": 1,
+            "validation_excerpts": 1,
+            "keep": 1,
+            "seed": 0,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        above_zero = ("window_seconds", "learning_rate", "gradient_clip", "save_minutes")
+        for name in above_zero:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("label_smoothing", "ema_decay", "adam_b1", "adam_b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay is {self.weight_decay}; it must not be negative.")
+        if self.seed >= 2**63:
+            raise InputError(f"seed is {self.seed}; it must be below 2^63.")
+        if self.schedule not in get_args(ScheduleName):
+            raise InputError(f"schedule is {self.schedule!r}; choose noam, cosine or constant.")
+        if self.steps is None and self.minutes is None:
+            raise InputError("Give --steps, --minutes or both, so that training ends.")
+        for name in ("steps", "minutes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
+
+    def done(self, step: int, seconds: float) -> float:
+        """Share of the run that is done, by steps or by time, whichever is further."""
+        shares = [0.0]
+        if self.steps is not None:
+            shares.append(step / self.steps)
+        if self.minutes is not None:
+            shares.append(seconds / (60 * self.minutes))
+        return max(shares)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+          InputError: fields are missing or unknown.
+        """
+        try:
+            model = ModelConfig(**content["model"])
+            return cls(**{**content, "model": model})
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"The run's configuration does not fit this version: {error}."
+            ) from error
+
+
+PRESETS: dict[tuple[Preset, Stage], dict[str, Any]] = {
+    # VampNet's own recipe: section 5 of the paper, and its published configuration.
+    ("coarse", "coarse"): {
+        "n_codebooks": 4,
+        "n_conditioning_codebooks": 0,
+        "n_layers": 20,
+        "n_heads": 20,
+        "embedding_dim": 1280,
+        "window_seconds": 10.0,
+        "min_loudness": -30.0,
+        "steps": 1_000_000,
+    },
+    ("fine", "fine"): {
+        "n_conditioning_codebooks": 4,
+        "n_layers": 16,
+        "n_heads": 20,
+        "embedding_dim": 1280,
+        "window_seconds": 3.0,
+        "min_loudness": -40.0,
+        "steps": 500_000,
+    },
+    # The model in the box: an hour or two on two CPU cores.
+    ("tiny", "coarse"): {
+        "n_codebooks": 4,
+        "n_conditioning_codebooks": 0,
+        "n_layers": 6,
+        "n_heads": 4,
+        "embedding_dim": 256,
+        "dropout": 0.0,
+        "window_seconds": 10.0,
+        "min_loudness": -30.0,
+        "batch_size": 8,
+        "schedule": "cosine",
+        "learning_rate": 1e-3,
+        "warmup_steps": 200,
+        "validate_every": 500,
+    },
+    ("tiny", "fine"): {
+        "n_conditioning_codebooks": 4,
+        "n_layers": 4,
+        "n_heads": 4,
+        "embedding_dim": 256,
+        "dropout": 0.0,
+        "window_seconds": 3.0,
+        "min_loudness": -40.0,
+        "batch_size": 16,
+        "schedule": "cosine",
+        "learning_rate": 1e-3,
+        "warmup_steps": 200,
+        "validate_every": 500,
+    },
+}
+"""Model and training fields by (preset, stage); what is absent keeps its default.
+
+`n_codebooks` of a fine model is the codec's unless given.
+"""
+
+_MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def preset_config(
+    preset: Preset,
+    stage: Stage,
+    overrides: Mapping[str, Any],
+    *,
+    codec_codebooks: int,
+    codebook_size: int,
+    latent_dim: int,
+) -> TrainConfig:
+    """A preset with some fields changed, for tokens of a given codec.
+
+    Args:
+      preset: which recipe.
+      stage: `coarse` predicts the first codebooks, `fine` the rest.
+      overrides: fields of `TrainConfig` and `ModelConfig`; None means not given.
+      codec_codebooks, codebook_size, latent_dim: the codec's C, V and d.
+
+    Raises:
+      InputError: impossible values, or a preset of the other stage.
+    """
+    if (preset, stage) not in PRESETS:
+        raise InputError(f"Preset {preset!r} is for the {preset} stage; set --stage {preset}.")
+    values = dict(PRESETS[preset, stage])
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if "minutes" in given and "steps" not in given:
+        values.pop("steps", None)
+    values.update(given)
+    values.setdefault("n_codebooks", codec_codebooks)
+    if values["n_codebooks"] > codec_codebooks:
+        raise InputError(
+            f"The model would read {values['n_codebooks']} codebooks, but the tokens have "
+            f"{codec_codebooks}; set --n-codebooks."
+        )
+    values |= {"vocab_size": codebook_size, "latent_dim": latent_dim}
+    model = {name: value for name, value in values.items() if name in _MODEL_FIELDS}
+    rest = {name: value for name, value in values.items() if name not in _MODEL_FIELDS}
+    return TrainConfig(model=ModelConfig(**model), **rest)
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Indented JSON with a final newline."""
+    return (json.dumps(content, indent=1) + "\n").encode()

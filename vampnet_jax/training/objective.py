@@ -1,0 +1,121 @@
+"""What is learnt: to name masked tokens (VampNet, section 3.2 and MaskGIT, section 3.1)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vampnet_jax.config import ModelConfig
+from vampnet_jax.model import Params, frame_major_logits
+
+TOP_K = 25
+GOLDEN = 2654435769
+"""2³² divided by the golden ratio, odd: its multiples mod 2³² are a low-discrepancy sequence."""
+
+
+class Sums(NamedTuple):
+    """Sums over the masked tokens of each example, float32 `[B]` each."""
+
+    tokens: jax.Array
+    """How many tokens were masked."""
+    loss: jax.Array
+    """Cross-entropy against the smoothed label, nats."""
+    log_loss: jax.Array
+    """Cross-entropy against the token itself, nats."""
+    top_1: jax.Array
+    """How often the token had the highest logit."""
+    top_k: jax.Array
+    """How often the token was among the 25 highest."""
+
+
+def mask_ratios(seed: jax.Array, examples: jax.Array) -> jax.Array:
+    """Mask ratios r ∈ [0, 1) of examples by their number in the run: `[B]` uint32 → float32.
+
+    Every stretch of examples covers [0, 1) evenly (a Kronecker sequence of the golden ratio,
+    in integers, so that it stays exact for any length of run). The seed shifts the sequence.
+    """
+    position = examples.astype(jnp.uint32) * jnp.uint32(GOLDEN) + seed.astype(jnp.uint32)
+    return (position >> 8).astype(jnp.float32) * 2.0**-24  # 24 bits are exact in float32
+
+
+def draw_masks(keys: jax.Array, ratios: jax.Array, n_frames: int, config: ModelConfig) -> jax.Array:
+    """Mask every predicted token independently with probability cos(π r / 2).
+
+    Args:
+      keys: one random key per example, `[B]`; an example's mask does not depend on the others.
+      ratios: r of each example, `[B]`.
+      n_frames: T.
+      config: decides C and which codebooks are conditioning; those are never masked.
+
+    Returns:
+      bool `[B, C, T]`, True = masked.
+    """
+    shape = (config.n_predicted_codebooks, n_frames)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+    masked = draws < jnp.cos(ratios * (jnp.pi / 2))[:, None, None]
+    given = ((0, 0), (config.n_conditioning_codebooks, 0), (0, 0))
+    return jnp.pad(masked, given)
+
+
+def masked_sums(
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+    config: ModelConfig,
+    *,
+    label_smoothing: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Sums:
+    """Predict the masked tokens and sum losses and hits over them.
+
+    Args:
+      params: as `vampnet_jax.init` returns.
+      tokens: int32 `[B, C, T]`, the truth.
+      mask: bool `[B, C, T]`, True = hidden from the model and scored.
+      config: the model's dimensions.
+      label_smoothing: share ε of the target spread evenly over the V codes.
+      dropout_key: switches dropout on.
+    """
+    hidden = jnp.where(mask, config.mask_token, tokens)
+    logits = frame_major_logits(params, hidden, config, dropout_key=dropout_key)  # [B, T, Cp, V]
+    given = config.n_conditioning_codebooks
+    target = jnp.swapaxes(tokens[:, given:], 1, 2)[..., None]  # [B, T, Cp, 1]
+    scored = jnp.swapaxes(mask[:, given:], 1, 2).astype(jnp.float32)
+    # −log softmax by the log-sum-exp: no second array as large as the logits is kept.
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    truth = jnp.take_along_axis(logits, target, axis=-1)
+    log_loss = log_total - truth[..., 0]
+    loss = log_loss
+    if label_smoothing:
+        spread = log_total - jnp.mean(logits, axis=-1)
+        loss = (1 - label_smoothing) * log_loss + label_smoothing * spread
+    higher = jnp.sum(lax.stop_gradient(logits) > lax.stop_gradient(truth), axis=-1)
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.sum(values.astype(jnp.float32) * scored, axis=(1, 2))
+
+    return Sums(
+        tokens=jnp.sum(scored, axis=(1, 2)),
+        loss=total(loss),
+        log_loss=total(log_loss),
+        top_1=total(higher < 1),
+        top_k=total(higher < TOP_K),
+    )
+
+
+def metrics_by_ratio(sums: Sums, ratios: jax.Array) -> dict[str, jax.Array]:
+    """Mean loss over masked tokens, and accuracies for r < ½ and r ≥ ½.
+
+    The loss of a batch without masked tokens is 0; an accuracy of none is NaN.
+    """
+    n_tokens = jnp.maximum(jnp.sum(sums.tokens), 1.0)
+    metrics = {
+        "loss": jnp.sum(sums.loss) / n_tokens,
+        "log_loss": jnp.sum(sums.log_loss) / n_tokens,
+    }
+    for name, chosen in (("r<0.5", ratios < 0.5), ("r>=0.5", ratios >= 0.5)):
+        count = jnp.sum(sums.tokens * chosen)
+        metrics[f"top1/{name}"] = jnp.sum(sums.top_1 * chosen) / count
+        metrics[f"top25/{name}"] = jnp.sum(sums.top_k * chosen) / count
+    return metrics

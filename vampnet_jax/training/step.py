@@ -1,0 +1,114 @@
+"""The training step: a pure function of (state, batch), and nothing else."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vampnet_jax.model import Params, init
+from vampnet_jax.training.config import TrainConfig
+from vampnet_jax.training.objective import (
+    draw_masks,
+    mask_ratios,
+    masked_sums,
+    metrics_by_ratio,
+)
+from vampnet_jax.training.optimizer import optimizer, schedule
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes, and what it needs of the codec."""
+
+    step: jax.Array
+    """int32, steps taken; with the seed it decides the next step's data and randomness."""
+    params: Params
+    """What is trained: the model's parameters without the codebooks."""
+    ema: Params
+    """Moving average of `params`; an empty dict if none is kept."""
+    moments: Any
+    """The optimiser's state."""
+    codebooks: jax.Array
+    """float32 `[C, V, d]`, the codec's; never trained nor decayed."""
+
+
+def with_codebooks(params: Params, codebooks: jax.Array) -> Params:
+    """The parameters that `vampnet_jax.apply` takes."""
+    return params | {"embedding": params["embedding"] | {"codebooks": codebooks}}
+
+
+def without_codebooks(params: Params) -> Params:
+    """The parameters that are trained."""
+    embedding = {k: v for k, v in params["embedding"].items() if k != "codebooks"}
+    return params | {"embedding": embedding}
+
+
+def init_state(config: TrainConfig, codebooks: jax.Array) -> TrainState:
+    """The state before the first step; codebooks are `[≥C, V, d]`."""
+    params = init(jax.random.key(config.seed), config.model, codebooks)
+    used = params["embedding"]["codebooks"]
+    params = without_codebooks(params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
+        moments=optimizer(config).init(params),
+        codebooks=used,
+    )
+
+
+def train_step(
+    state: TrainState, tokens: jax.Array, done: jax.Array, config: TrainConfig
+) -> tuple[TrainState, Metrics]:
+    """Take one step.
+
+    Args:
+      state: as `init_state` or the step before returned.
+      tokens: int32 `[B, C, T]`.
+      done: float32, share of the run that is done, for the cosine schedule.
+      config: static.
+
+    Returns:
+      The new state and the step's metrics: loss (label smoothing included), log_loss, accuracies,
+      gradient_norm (before clipping) and learning_rate.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    mask_key, dropout_key = jax.random.split(key)
+    batch, _, n_frames = tokens.shape
+    examples = state.step.astype(jnp.uint32) * jnp.uint32(batch)
+    examples = examples + jnp.arange(batch, dtype=jnp.uint32)
+    ratios = mask_ratios(jnp.asarray(np.uint32(config.seed % 2**32)), examples)
+    keys = jax.vmap(lambda b: jax.random.fold_in(mask_key, b))(jnp.arange(batch))
+    mask = draw_masks(keys, ratios, n_frames, config.model)
+
+    def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
+        sums = masked_sums(
+            with_codebooks(params, state.codebooks),
+            tokens,
+            mask,
+            config.model,
+            label_smoothing=config.label_smoothing,
+            dropout_key=dropout_key if config.model.dropout else None,
+        )
+        metrics = metrics_by_ratio(sums, ratios)
+        return metrics["loss"], metrics
+
+    gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+    rate = schedule(config)(state.step, done)
+    updates, moments = optimizer(config).update(gradient, state.moments, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    ema = state.ema
+    if config.ema_decay:
+        n = state.step.astype(jnp.float32)
+        decay = jnp.minimum(config.ema_decay, (1 + n) / (10 + n))  # forgets the first steps soon
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+    metrics |= {"gradient_norm": optax.global_norm(gradient), "learning_rate": rate}
+    return TrainState(state.step + 1, params, ema, moments, state.codebooks), metrics
+
+
+def model_params(state: TrainState) -> Params:
+    """The parameters to use: the moving average where one is kept."""
+    return with_codebooks(state.ema or state.params, state.codebooks)
