@@ -11,7 +11,11 @@ import importlib
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 @functools.cache
@@ -38,3 +42,18 @@ def _stand_in_for_broken_torchaudio() -> Iterator[None]:
                     del sys.modules[name]
     else:
         yield
+
+
+def build_dac(sizes: Mapping[str, Any]) -> "torch.nn.Module":
+    """descript-audio-codec's DAC with plain convolutions: their weight normalisation is folded."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch has a newer form of weight normalisation
+        network = import_dac().model.DAC(
+            **{name: list(v) if isinstance(v, tuple) else v for name, v in sizes.items()}
+        )
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+                torch.nn.utils.remove_weight_norm(module)
+    return network
