@@ -1,0 +1,253 @@
+"""Decoding does what its description says, example by example and step by step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codec_bridge.errors import InputError
+from vampnet_jax import model, sampling
+from vampnet_jax.config import ModelConfig
+from vampnet_jax.sampling import SamplingOptions, generate
+
+COARSE = ModelConfig(n_codebooks=3, n_layers=2, n_heads=2, embedding_dim=32, vocab_size=50)
+FINE = dataclasses.replace(COARSE, n_codebooks=5, n_conditioning_codebooks=3)
+
+
+def make(config: ModelConfig, batch: int = 3, frames: int = 20):
+    key = jax.random.key(7)
+    shape = (config.n_codebooks, config.vocab_size, config.latent_dim)
+    params = model.init(key, config, jax.random.normal(key, shape))
+    # An untrained model's logits are nearly flat; steeper ones make the order matter.
+    params["head"]["kernel"] = params["head"]["kernel"] * 6
+    tokens = jax.random.randint(key, (batch, config.n_codebooks, frames), 0, config.vocab_size)
+    mask = jax.random.uniform(jax.random.key(8), tokens.shape) < 0.7
+    return params, tokens, mask
+
+
+logits_of = jax.jit(model.apply, static_argnames="config")
+
+
+def reference(params, tokens, mask, key, config, options):
+    """One example decoded in NumPy, straight from the description; counts per step as well."""
+    cc, n_frames = config.n_conditioning_codebooks, tokens.shape[-1]
+    tokens, mask = np.array(tokens), np.array(mask)
+    mask[:cc] = False
+    n0, counts = mask.sum(), []
+    for i in range(options.steps):
+        current = np.where(mask, config.mask_token, tokens)
+        logits = np.asarray(logits_of(params, jnp.asarray(current)[None], config)[0])
+        log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(logits) / options.temperature))
+        step_key = jax.random.fold_in(key, i)
+        shape = (n_frames, config.n_predicted_codebooks)
+        u = np.asarray(jax.random.uniform(jax.random.fold_in(step_key, 0), shape)).T
+        gumbel = np.asarray(jax.random.gumbel(jax.random.fold_in(step_key, 1), shape)).T
+        if i / options.steps >= options.sample_cutoff:
+            drawn = log_p.argmax(-1)
+        else:
+            drawn = np.minimum((np.cumsum(np.exp(log_p), -1) <= u[..., None]).sum(-1), 49)
+        r = (i + 1) / options.steps
+        confidence = np.take_along_axis(log_p, drawn[..., None], -1)[..., 0]
+        confidence = confidence + options.mask_temperature * (1 - r) * gumbel
+        tokens[cc:] = np.where(mask[cc:], drawn, tokens[cc:])
+        still = mask.sum()
+        k = int(np.floor(np.float32(sampling.schedule(options.steps)[i]) * np.float32(n0)))
+        k = max(1, min(k, still - 1)) if i < options.steps - 1 else 0
+        confidence = np.where(mask[cc:], confidence, np.inf)
+        order = np.argsort(confidence.T.reshape(-1), kind="stable")[: min(k, still)]
+        again = np.zeros(order.size and confidence.size, bool)
+        again[order] = True
+        mask[cc:] = again.reshape(confidence.T.shape).T if again.size else False
+        counts.append(int(mask.sum()))
+    return tokens, counts
+
+
+@pytest.mark.parametrize("config", [COARSE, FINE], ids=["coarse", "fine"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(steps=1, typical_mass=None),
+        SamplingOptions(steps=6, typical_mass=None, mask_temperature=1.0),
+        SamplingOptions(steps=5, typical_mass=None, temperature=0.7, sample_cutoff=0.5),
+        SamplingOptions(steps=9, typical_mass=None, sample_cutoff=0.0, mask_temperature=0.0),
+    ],
+    ids=lambda o: f"{o.steps}-steps",
+)
+def test_generate_is_the_algorithm_in_numpy(config, options):
+    params, tokens, mask = make(config)
+    keys = jax.random.split(jax.random.key(3), 3)
+    got = generate(params, tokens, mask, keys, config, options)
+    for b in range(3):
+        want, _ = reference(params, tokens[b], mask[b], keys[b], config, options)
+        np.testing.assert_array_equal(got[b], want)
+
+
+def test_the_number_still_masked_follows_the_schedule(monkeypatch):
+    params, tokens, mask = make(COARSE)
+    options = SamplingOptions(steps=8, typical_mass=None)
+    seen = []
+    original = sampling._least_confident
+
+    def spy(confidence, masked, count):
+        again = original(confidence, masked, count)
+        jax.debug.callback(lambda n: seen.append(n), jnp.sum(again, axis=(1, 2)), ordered=True)
+        return again
+
+    monkeypatch.setattr(sampling, "_least_confident", spy)
+    keys = jax.random.split(jax.random.key(0), 3)
+    with jax.default_device(jax.devices()[0]):
+        jax.block_until_ready(
+            sampling._generate.__wrapped__(
+                params, tokens, mask, keys, COARSE, sampling._traced(options)
+            )
+        )
+    jax.effects_barrier()
+    for b in range(3):
+        _, counts = reference(params, tokens[b], mask[b], keys[b], COARSE, options)
+        assert [int(n[b]) for n in seen] == counts
+        assert counts[-1] == 0
+
+
+def test_kept_tokens_come_out_untouched_and_no_mask_is_left():
+    for config in (COARSE, FINE):
+        params, tokens, mask = make(config)
+        got = generate(params, tokens, mask, jax.random.key(0), config, SamplingOptions(steps=4))
+        mask = mask.at[:, : config.n_conditioning_codebooks].set(False)
+        np.testing.assert_array_equal(jnp.where(mask, 0, got), jnp.where(mask, 0, tokens))
+        assert got.dtype == jnp.int32
+        assert got.min() >= 0
+        assert got.max() < config.vocab_size
+
+
+def test_what_stands_at_masked_positions_does_not_matter():
+    params, tokens, mask = make(FINE)
+    # The conditioning codebooks are read although their mask says otherwise.
+    hidden = mask.at[:, :3].set(False)
+    options, key = SamplingOptions(steps=3), jax.random.key(0)
+    one = generate(params, tokens, mask, key, FINE, options)
+    other = generate(params, jnp.where(hidden, 17, tokens), mask, key, FINE, options)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_fully_kept_and_fully_masked_inputs_work():
+    params, tokens, mask = make(COARSE)
+    key, options = jax.random.key(0), SamplingOptions(steps=5)
+    kept = generate(params, tokens, jnp.zeros_like(mask), key, COARSE, options)
+    np.testing.assert_array_equal(kept, tokens)
+    made = generate(params, tokens, jnp.ones_like(mask), key, COARSE, options)
+    assert (made != tokens).mean() > 0.5
+    assert made.max() < COARSE.vocab_size
+
+
+def test_more_steps_than_masked_tokens():
+    params, tokens, mask = make(COARSE)
+    few = jnp.zeros_like(mask).at[:, 0, :2].set(True)
+    got = generate(params, tokens, few, jax.random.key(0), COARSE, SamplingOptions(steps=7))
+    np.testing.assert_array_equal(jnp.where(few, 0, got), jnp.where(few, 0, tokens))
+    assert got.max() < COARSE.vocab_size
+
+
+def test_an_example_does_not_depend_on_its_batch_mates():
+    params, tokens, mask = make(COARSE, batch=4)
+    keys = jax.random.split(jax.random.key(5), 4)
+    options = SamplingOptions(steps=6)
+    together = generate(params, tokens, mask, keys, COARSE, options)
+    for b in range(4):
+        one = slice(b, b + 1)
+        alone = generate(params, tokens[one], mask[one], keys[one], COARSE, options)
+        np.testing.assert_array_equal(alone[0], together[b])
+    backwards = generate(params, tokens[::-1], mask[::-1], keys[::-1], COARSE, options)
+    np.testing.assert_array_equal(backwards[::-1], together)
+
+
+def test_sharding_does_not_change_the_result():
+    params, tokens, mask = make(COARSE, batch=4)
+    options, key = SamplingOptions(steps=6, top_k=20, top_p=0.9), jax.random.key(5)
+    want = generate(params, tokens, mask, key, COARSE, options)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    got = generate(
+        params, jax.device_put(tokens, split), jax.device_put(mask, split), key, COARSE, options
+    )
+    assert len(got.sharding.device_set) == 2
+    np.testing.assert_array_equal(got, want)
+
+
+def test_one_key_is_folded_per_example_and_legacy_keys_are_the_same():
+    params, tokens, mask = make(COARSE)
+    options, key = SamplingOptions(steps=3), jax.random.key(5)
+    keys = jnp.stack([jax.random.fold_in(key, b) for b in range(3)])
+    one = generate(params, tokens, mask, key, COARSE, options)
+    np.testing.assert_array_equal(one, generate(params, tokens, mask, keys, COARSE, options))
+    legacy = generate(params, tokens, mask, jax.random.PRNGKey(5), COARSE, options)
+    np.testing.assert_array_equal(one, legacy)
+    assert (one != generate(params, tokens, mask, jax.random.key(6), COARSE, options)).any()
+
+
+def test_changing_values_of_options_never_recompiles():
+    params, tokens, mask = make(COARSE)
+    every = {"top_k": 10, "top_p": 0.9, "steps": 3}
+    generate(params, tokens, mask, jax.random.key(0), COARSE, SamplingOptions(**every))
+    size = sampling._generate._cache_size()
+    for changed in (
+        {"temperature": 2}, {"mask_temperature": 0}, {"sample_cutoff": 0.3}, {"top_k": 3},
+        {"top_p": 1}, {"typical_mass": 0.9}, {"typical_min_tokens": 1},
+    ):  # fmt: skip
+        options = SamplingOptions(**{**every, **changed})
+        generate(params, tokens, mask, jax.random.key(1), COARSE, options)
+    assert sampling._generate._cache_size() == size
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 3.0}, {"mask_temperature": 0.0}, {"sample_cutoff": 0.0}, {"top_k": 1},
+        {"top_p": 0.05}, {"typical_mass": 0.95}, {"typical_min_tokens": 40}, {"steps": 5},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_every_option_changes_the_result(changed):
+    params, tokens, mask = make(COARSE)
+    base = SamplingOptions(steps=4, typical_min_tokens=8, typical_mass=0.5)
+    key = jax.random.key(1)
+    one = generate(params, tokens, mask, key, COARSE, base)
+    other = generate(params, tokens, mask, key, COARSE, dataclasses.replace(base, **changed))
+    assert (one != other).any()
+
+
+def test_works_under_jit_and_vmap():
+    params, tokens, mask = make(COARSE)
+    options, keys = SamplingOptions(steps=3), jax.random.split(jax.random.key(5), 3)
+    want = generate(params, tokens, mask, keys, COARSE, options)
+
+    def one(tokens, mask, key):
+        return generate(params, tokens[None], mask[None], key[None], COARSE, options)[0]
+
+    np.testing.assert_array_equal(jax.jit(jax.vmap(one))(tokens, mask, keys), want)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"temperature": -1}, {"temperature": 0}, {"temperature": float("nan")},
+        {"mask_temperature": -0.1}, {"top_k": 0}, {"top_p": -0.5}, {"typical_mass": -1},
+        {"sample_cutoff": -1}, {"typical_min_tokens": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        SamplingOptions(**wrong)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    params, tokens, mask = make(COARSE)
+    key, options = jax.random.key(0), SamplingOptions(steps=1)
+    with pytest.raises(ValueError, match="model needs"):
+        generate(params, tokens[:, :2], mask[:, :2], key, COARSE, options)
+    with pytest.raises(ValueError, match="must be alike"):
+        generate(params, tokens, mask[:, :, :5], key, COARSE, options)
+    with pytest.raises(ValueError, match="keys for 3 examples"):
+        generate(params, tokens, mask, jax.random.split(key, 2), COARSE, options)
