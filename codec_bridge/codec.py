@@ -1,9 +1,6 @@
 """`Codec`: audio to tokens and back, for audio of any length in constant memory."""
 
-import dataclasses
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,101 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from codec_bridge.config import CodecConfig
 from codec_bridge.errors import InputError
+from codec_bridge.network import (
+    KINDS,
+    build_network,
+    check_names_and_shapes,
+    convolutions,
+    fingerprint,
+)
 from codec_bridge.receptive_field import Convolution, inputs_needed, output_length
 
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("dac", "lac")
 DEVICES = ("auto", "cpu", "cuda")
 CHUNK_SECONDS = 10.0
 
 Progress = Callable[[int, int], None]  # called with the frames done and the frames in all
-
-
-@dataclasses.dataclass(frozen=True)
-class CodecConfig:
-    """Sizes of a codec network, named as in the files of descript-audio-codec and VampNet."""
-
-    encoder_dim: int
-    encoder_rates: tuple[int, ...]
-    latent_dim: int
-    decoder_dim: int
-    decoder_rates: tuple[int, ...]
-    n_codebooks: int
-    codebook_size: int
-    codebook_dim: int
-    sample_rate: int
-
-    @property
-    def hop_length(self) -> int:
-        """Samples per frame."""
-        return math.prod(self.encoder_rates)
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "CodecConfig":
-        """Check and convert the keyword arguments kept in a codec file; others are ignored.
-
-        Raises:
-          InputError: a size is missing, not a positive integer or beyond reason, or the encoder
-            and the decoder differ in their hop.
-        """
-        given = {name: kwargs[name] for name in _LIMITS if kwargs.get(name) is not None}
-        for name, value in given.items():
-            given[name] = _checked_size(name, value)
-        if "latent_dim" not in given and {"encoder_dim", "encoder_rates"} <= given.keys():
-            given["latent_dim"] = given["encoder_dim"] * 2 ** len(given["encoder_rates"])
-        missing = [name for name in _LIMITS if name not in given]
-        if missing:
-            raise InputError(f"the codec's configuration lacks {', '.join(missing)}")
-        config = cls(**given)
-        if config.hop_length != math.prod(config.decoder_rates):
-            raise InputError(
-                f"the codec's encoder_rates {list(config.encoder_rates)} and decoder_rates "
-                f"{list(config.decoder_rates)} must have the same product"
-            )
-        if config.decoder_dim % 2 ** len(config.decoder_rates):
-            raise InputError(
-                f"the codec's decoder_dim {config.decoder_dim} cannot be halved "
-                f"{len(config.decoder_rates)} times"
-            )
-        return config
-
-
-# Largest value of each size: far above every codec in use, low enough that a damaged or hostile
-# configuration cannot ask for absurd amounts of memory.
-_LIMITS = {
-    "encoder_dim": 4096,
-    "encoder_rates": 64,
-    "latent_dim": 65536,
-    "decoder_dim": 65536,
-    "decoder_rates": 64,
-    "n_codebooks": 256,
-    "codebook_size": 65536,
-    "codebook_dim": 4096,
-    "sample_rate": 768_000,
-}
-_MAX_RATES = 10
-
-
-def _checked_size(name: str, value: Any) -> int | tuple[int, ...]:
-    several = name.endswith("_rates")
-    if name == "codebook_dim" and isinstance(value, list | tuple) and len(set(value)) == 1:
-        value = value[0]  # descript-audio-codec takes one width or a list of them
-    sizes = list(value) if several and isinstance(value, list | tuple) else [value]
-    whole = all(isinstance(s, int) and not isinstance(s, bool) for s in sizes)
-    if not (whole and sizes and all(0 < s <= _LIMITS[name] for s in sizes)) or (
-        several and (not isinstance(value, list | tuple) or len(sizes) > _MAX_RATES)
-    ):
-        form = f"a list of 1 to {_MAX_RATES} integers" if several else "an integer"
-        raise InputError(
-            f"the codec's {name} is {str(value)[:80]!s}; it must be {form} from 1 to {_LIMITS[name]}"
-        )
-    return tuple(sizes) if several else sizes[0]
 
 
 class _Path(NamedTuple):
@@ -181,7 +101,7 @@ class Codec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identity of the weights, see `fingerprint`."""
+        """Identity of the weights: see `codec_bridge.network.fingerprint`."""
         return fingerprint(self.tensors)
 
     def encode(
@@ -316,80 +236,16 @@ class Codec:
         return torch.device("cuda" if cuda else "cpu")
 
     @functools.cached_property
-    def _network(self) -> "torch.nn.Module":
+    def _network(self) -> Any:
         return build_network(self.kind, self.config, self.tensors).to(self._torch_device)
 
     @functools.cached_property
     def _encoder(self) -> _Path:
-        return _Path(self._network.encoder, tuple(_convolutions(self._network.encoder)))
+        return _Path(self._network.encoder, tuple(convolutions(self._network.encoder)))
 
     @functools.cached_property
     def _decoder(self) -> _Path:
-        return _Path(self._network.decoder, tuple(_convolutions(self._network.decoder)))
-
-
-def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256, in hexadecimal, that tells codecs apart by their weights.
-
-    Over the tensors in the order of their names (by code point), weight normalisation folded:
-    the name in UTF-8, a zero byte, the shape as decimals joined by commas, a zero byte, then the
-    values as little-endian float32 in C order.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = np.ascontiguousarray(tensors[name], dtype="<f4")
-        shape = ",".join(map(str, values.shape))
-        digest.update(name.encode() + b"\0" + shape.encode() + b"\0")
-        digest.update(values.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def build_network(
-    kind: str, config: CodecConfig, tensors: Mapping[str, np.ndarray]
-) -> "torch.nn.Module":
-    """The PyTorch network of a codec, for inference, sharing memory with `tensors`.
-
-    It has sub-modules `encoder`, `quantizer` and `decoder`.
-
-    Raises:
-      InputError: tensors that the configuration needs are missing, unknown or misshapen.
-    """
-    import torch
-
-    sizes = dataclasses.asdict(config)
-    with torch.device("meta"):
-        if kind == "dac":
-            from codec_bridge.descript import build_dac
-
-            network = build_dac(sizes)
-        else:
-            from codec_bridge.lac import LAC
-
-            del sizes["sample_rate"]
-            network = LAC(**sizes)
-    needed = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    check_names_and_shapes({name: t.shape for name, t in tensors.items()}, needed)
-    state = {name: _to_torch(t) for name, t in tensors.items()}
-    network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False)
-
-
-def check_names_and_shapes(
-    given: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Refuse tensors that do not fit, naming the first few of them."""
-    problems = [f"{name} is missing" for name in needed if name not in given]
-    problems += [f"{name} is unknown" for name in given if name not in needed]
-    problems += [
-        f"{name} has shape {list(given[name])} where {list(shape)} is needed"
-        for name, shape in needed.items()
-        if name in given and tuple(given[name]) != tuple(shape)
-    ]
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(
-            f"the codec's weights do not fit its configuration: {', '.join(problems[:5])}{more}"
-        )
+        return _Path(self._network.decoder, tuple(convolutions(self._network.decoder)))
 
 
 def _codebooks(config: CodecConfig, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -401,23 +257,6 @@ def _codebooks(config: CodecConfig, tensors: Mapping[str, np.ndarray]) -> np.nda
         dict.fromkeys(names, shape),
     )
     return np.stack([tensors[name] for name in names])
-
-
-def _convolutions(module: Any) -> list[Convolution]:
-    """The chain of convolutions from input to output; of parallel stacks, the widest."""
-    import torch
-
-    from codec_bridge.lac import ParallelStacks
-
-    if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
-        (kernel,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
-        padding = module.padding[0]
-        transposed = isinstance(module, torch.nn.ConvTranspose1d)
-        return [Convolution(kernel, stride, dilation, int(padding), transposed)]
-    if isinstance(module, ParallelStacks):
-        chains = [_convolutions(stack) for stack in module.mrf_blocks]
-        return max(chains, key=lambda chain: sum(c.reach for c in chain))
-    return [c for child in module.children() for c in _convolutions(child)]
 
 
 def _positive(seconds: float) -> float:

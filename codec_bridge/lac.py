@@ -6,7 +6,9 @@ into plain convolutions when a file is read. Attributes are named as in the orig
 that keys map one to one.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +117,7 @@ class Quantiser(nn.Module):
         """
         residual, quantised = latents, torch.zeros_like(latents)
         tokens, projections = [], []
-        for stage in self.quantizers:
+        for stage in self._stages():
             projected = stage.in_proj(residual)
             chosen = stage.nearest(projected)
             approximation = stage.up(chosen)
@@ -126,8 +128,11 @@ class Quantiser(nn.Module):
 
     def from_codes(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, C, T], C at most the number of stages, to (quantised latents, tokens)."""
-        stages = zip(self.quantizers, tokens.unbind(1), strict=False)
-        return sum(stage.up(chosen) for stage, chosen in stages), tokens
+        stages = zip(self._stages(), tokens.unbind(1), strict=False)
+        return functools.reduce(torch.add, (stage.up(chosen) for stage, chosen in stages)), tokens
+
+    def _stages(self) -> Iterator[Stage]:
+        return cast(Iterator[Stage], iter(self.quantizers))
 
 
 class ResidualLayer(nn.Module):
