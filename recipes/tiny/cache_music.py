@@ -1,0 +1,123 @@
+"""Decode every track to 24 kHz mono and split the tracks into train, validation and test.
+
+Reads `data/extracted` (the game music) and `data/scores` (rendered scores). Writes
+`data/music/<source>/<track>.wav` (16 bits, so that excerpts are read in no time),
+`data/music/index.json` (seconds and loudness of every track) and `recipes/tiny/split.json` (names
+only). Tracks already there are kept, and a track keeps its side of the split for good: new
+tracks are only ever added.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyloudnorm
+import soundfile
+import soxr
+
+SAMPLE_RATE = 24_000
+SHARE = 0.08  # of a source's seconds that validation and test each get, at least
+SOURCES = {  # source → files below the data folder
+    "wesnoth": "extracted/wesnoth-1.16-music/**/music/*.ogg",
+    "planetblupi": "extracted/planetblupi-music-ogg/**/music/*.ogg",
+    "hyperrogue": "extracted/hyperrogue-music/**/music/*.ogg",
+    "extremetuxracer": "extracted/extremetuxracer-data/**/music/*.ogg",
+    "lincity": "extracted/lincity-ng-data/**/music/**/*.ogg",
+    "scores": "scores/*.flac",
+}
+SPLIT_FILE = Path(__file__).parent / "split.json"
+
+
+def write_json(path: Path, content: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def track_name(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", path.stem).strip("-").lower()
+
+
+def work_of(source: str, track: str) -> str:
+    """What must not be torn apart: the movements of a work, the versions of a piece."""
+    if source == "scores":
+        return track.split("--")[0] if "--" in track else track
+    return re.sub(r"-old$", "", track)
+
+
+def decode(path: Path, target: Path) -> dict[str, float]:
+    """Write one track and return its seconds and its loudness (LUFS)."""
+    audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
+    peak = float(np.abs(audio).max(initial=0.0))
+    audio = audio / max(1.001 * peak, 1.0)
+    loudness = float(pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(audio))
+    temporary = target.with_name("." + target.name)
+    soundfile.write(temporary, audio, SAMPLE_RATE, subtype="PCM_16")
+    os.replace(temporary, target)
+    return {"seconds": round(len(audio) / SAMPLE_RATE, 2), "loudness": round(loudness, 2)}
+
+
+def assign(split: dict[str, list[str]], source: str, seconds: dict[str, float]) -> None:
+    """Add this source's new tracks to the split, works in the order of their hash."""
+    works: dict[str, list[str]] = {}
+    for track in seconds:
+        works.setdefault(work_of(source, track), []).append(track)
+    placed = {name: side for side, names in split.items() for name in names}
+    held = {"test": 0.0, "validation": 0.0}
+    for track, length in seconds.items():
+        side = placed.get(f"{source}/{track}")
+        if side in held:
+            held[side] += length
+    goal = SHARE * sum(seconds.values())
+    for work in sorted(works, key=lambda w: hashlib.sha256(f"{source}/{w}".encode()).hexdigest()):
+        names = [f"{source}/{track}" for track in sorted(works[work])]
+        sides = {placed[name] for name in names if name in placed}
+        side = min(sides) if sides else next((s for s in held if held[s] < goal), "train")
+        for name in names:
+            if name not in placed:
+                split[side].append(name)
+                if side in held:
+                    held[side] += seconds[name.split("/", 1)[1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    arguments = parser.parse_args()
+    music = arguments.data / "music"
+    music.mkdir(parents=True, exist_ok=True)
+    index_file = music / "index.json"
+    index = json.loads(index_file.read_text()) if index_file.exists() else {}
+    for source, pattern in SOURCES.items():
+        (music / source).mkdir(exist_ok=True)
+        for path in sorted(arguments.data.glob(pattern)):
+            name = f"{source}/{path.stem if source == 'scores' else track_name(path)}"
+            target = music / f"{name}.wav"
+            if name not in index or not target.exists():
+                index[name] = decode(path, target)
+                write_json(index_file, index)
+                print(f"{name}: {index[name]}", flush=True)
+    split = {"train": [], "validation": [], "test": []}
+    if SPLIT_FILE.exists():
+        split.update(json.loads(SPLIT_FILE.read_text()))
+    for source in SOURCES:
+        here = {
+            n.split("/", 1)[1]: e["seconds"] for n, e in index.items() if n.startswith(source + "/")
+        }
+        assign(split, source, here)
+    write_json(SPLIT_FILE, {side: sorted(names) for side, names in split.items()})
+    for side, names in split.items():
+        minutes = {s: 0.0 for s in SOURCES}
+        for name in names:
+            if name in index:
+                minutes[name.split("/")[0]] += index[name]["seconds"] / 60
+        print(side, {s: round(m, 1) for s, m in minutes.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""Train tiny's codec: a small descript-audio-codec DAC at 24 kHz, 50 frames/s, 8 codebooks.
+
+Losses: multi-scale mel distance, codebook and commitment losses, as in "High-Fidelity Audio
+Compression with Improved RVQGAN" (Kumar et al., 2023), without its discriminators. Codes that
+fall out of use are re-seeded from current encoder outputs, without which most of a codebook
+stays unused. Progress, learning rate and the end follow --steps or --minutes of training time
+(summed over resumed runs), whichever comes first. Run again with the same --out to resume.
+Finished, it writes the averaged weights, rounded to bfloat16, as codec.safetensors.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soundfile
+import torch
+from torch import nn
+
+import codec_bridge
+from codec_bridge.descript import import_dac
+
+SAMPLE_RATE = 24_000
+CONFIG = {
+    "encoder_dim": 16,
+    "encoder_rates": [2, 4, 6, 10],
+    "latent_dim": 192,
+    "decoder_dim": 384,
+    "decoder_rates": [10, 6, 4, 2],
+    "n_codebooks": 8,
+    "codebook_size": 1024,
+    "codebook_dim": 8,
+    "quantizer_dropout": 0.5,
+    "sample_rate": SAMPLE_RATE,
+}
+SCALES = [(64, 10), (128, 20), (256, 40), (512, 80), (1024, 150), (2048, 320)]  # window, mels
+
+
+class Snake(torch.autograd.Function):
+    """x + sin²(αx)/α with its gradient written out: a third of autograd's passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        alpha = alpha.to(x.dtype)
+        sine = torch.sin(alpha * x)
+        ctx.save_for_backward(x, alpha, sine)
+        return torch.addcmul(x, sine, sine / (alpha + 1e-9))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, alpha, sine = ctx.saved_tensors
+        double_sine = torch.sin(2 * alpha * x)
+        by_alpha = gradient * (double_sine * x - sine.square_() / alpha) / alpha
+        by_alpha = by_alpha.sum((0, 2), keepdim=True, dtype=torch.float32)
+        return torch.addcmul(gradient, gradient, double_sine), by_alpha
+
+
+class Excerpts:
+    """Random excerpts of the tracks on one side of the split, at about -24 LUFS."""
+
+    def __init__(self, music: Path, names: list[str]):
+        index = json.loads((music / "index.json").read_text())
+        names = [n for n in names if n in index]
+        if not names:
+            sys.exit(f"no tracks of the split found in {music}; run cache_music.py first")
+        self.names = names
+        self.files = [music / f"{n}.wav" for n in names]
+        self.lengths = [soundfile.info(file).frames for file in self.files]
+        self.gains = [10 ** ((-24 - max(index[n]["loudness"], -60)) / 20) for n in names]
+        seconds = np.array([index[n]["seconds"] for n in names])
+        sources = np.array([n.split("/")[0] for n in names])
+        weights = np.zeros(len(names))
+        for source in set(sources):  # large sources are drawn more, but not in proportion
+            here = sources == source
+            weights[here] = seconds[here] / math.sqrt(seconds[here].sum())
+        self.weights = weights / weights.sum()
+
+    def draw(self, rng: np.random.Generator, n: int, samples: int, spread: float) -> torch.Tensor:
+        """[n, 1, samples] float32; the gain varies by a normal of `spread` dB."""
+        out = np.zeros((n, samples), np.float32)
+        for row, i in enumerate(rng.choice(len(self.files), n, p=self.weights)):
+            start = int(rng.integers(0, max(1, self.lengths[i] - samples)))
+            excerpt, _ = soundfile.read(self.files[i], samples, start, dtype="float32")
+            gain = self.gains[i] * 10 ** (np.clip(rng.normal(0, spread), -12, 9) / 20)
+            excerpt *= min(gain, 1 / max(float(np.abs(excerpt).max()), 1e-4))
+            out[row, : len(excerpt)] = excerpt * (rng.integers(0, 2) * 2 - 1)
+        return torch.from_numpy(out)[:, None]
+
+
+class MelDistance(nn.Module):
+    """Sum over scales of the mean |difference| of log10 mel magnitudes (hop = window/4)."""
+
+    def __init__(self, scales: list[tuple[int, int]]):
+        super().__init__()
+        self.scales = scales
+        for window, mels in scales:
+            filters = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=window, n_mels=mels)
+            self.register_buffer(f"filters_{window}", torch.from_numpy(filters))
+            self.register_buffer(f"window_{window}", torch.hann_window(window))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        total = x.new_zeros(())
+        both = torch.cat([x, y]).squeeze(1)
+        for window, _ in self.scales:
+            spectrum = torch.stft(
+                both,
+                window,
+                window // 4,
+                window=getattr(self, f"window_{window}"),
+                pad_mode="constant",
+                return_complex=True,
+            )
+            power = torch.view_as_real(spectrum).square().sum(-1)
+            mel = getattr(self, f"filters_{window}") @ (power + 1e-12).sqrt()
+            a, b = mel.clamp(min=1e-5).log10().chunk(2)
+            total = total + (a - b).abs().mean()
+        return total
+
+
+class CodeUse:
+    """Running usage of every code; re-seeds the dead ones from current encoder outputs."""
+
+    def __init__(self, codebooks: int, size: int, decay: float = 0.995):
+        self.share = torch.full((codebooks, size), 1 / size)
+        self.decay = decay
+        self.recent: list[list[torch.Tensor]] = [[] for _ in range(codebooks)]
+
+    def update(self, codes: torch.Tensor, latents: torch.Tensor) -> None:
+        """codes [B, C, T], latents [B, C·d, T] (before quantisation)."""
+        size = self.share.shape[1]
+        for c, z in enumerate(latents.detach().float().chunk(len(self.share), dim=1)):
+            counts = torch.bincount(codes[:, c].reshape(-1), minlength=size).float()
+            self.share[c].lerp_(counts / counts.sum(), 1 - self.decay)
+            self.recent[c] = [*self.recent[c][-19:], z.transpose(1, 2).reshape(-1, z.shape[1])]
+
+    def perplexity(self) -> torch.Tensor:
+        p = self.share / self.share.sum(1, keepdim=True)
+        return torch.exp(-(p * (p + 1e-10).log()).sum(1))
+
+    @torch.no_grad()
+    def reseed(self, model: nn.Module, ema: dict, optimizer, generator, threshold=0.03) -> int:
+        """Replace the codes used less than `threshold` of the uniform share."""
+        size, total = self.share.shape[1], 0
+        for c, quantizer in enumerate(model.quantizer.quantizers):
+            pool = torch.cat(self.recent[c])
+            dead = (self.share[c] < threshold / size).nonzero()[:, 0][: len(pool)]
+            if not len(dead):
+                continue
+            rows = pool[torch.randperm(len(pool), generator=generator)[: len(dead)]]
+            weight = quantizer.codebook.weight
+            weight[dead] = rows
+            ema[f"quantizer.quantizers.{c}.codebook.weight"][dead] = rows
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in optimizer.state.get(weight, {}):
+                    optimizer.state[weight][moment][dead] = 0
+            self.share[c, dead] = 1 / size
+            total += len(dead)
+        return total
+
+
+def forward(model: nn.Module, audio: torch.Tensor, bfloat16: bool):
+    """One pass with the quantiser in float32 → audio, codes, latents, commitment, codebook."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        z = model.encoder(audio)
+    z, codes, latents, commitment, codebook = model.quantizer(z.float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = model.decoder(z)
+    return out.float(), codes, latents, commitment, codebook
+
+
+def backward(model: nn.Module, audio: torch.Tensor, loss_of: MelDistance, bfloat16: bool):
+    """Set the gradients of one part of the batch → codes, latents, mel distance, commitment."""
+    torch.set_num_threads(1)
+    model.zero_grad(set_to_none=True)
+    out, codes, latents, commitment, codebook = forward(model, audio, bfloat16)
+    mel = loss_of(out, audio)
+    (mel + (codebook + 0.25 * commitment) / 15).backward()
+    return codes, latents.detach(), mel.item(), commitment.item()
+
+
+@torch.no_grad()
+def validate(model: nn.Module, ema: dict, excerpts: torch.Tensor, distance: MelDistance) -> float:
+    """Mel distance of the averaged weights on fixed excerpts, in float32."""
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(ema)
+    model.eval()
+    values = [distance(x, forward(model, x, False)[0]).item() for x in excerpts.split(1)]
+    model.train()
+    model.load_state_dict(kept)
+    return sum(values) / len(values)
+
+
+def save(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".part")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def export(ema: dict, folder: Path) -> None:
+    """Write the averaged weights as `codec.safetensors`, rounded to bfloat16."""
+    save(folder / "codec.pth", {"state_dict": ema, "metadata": {"kwargs": CONFIG}})
+    codec = codec_bridge.load(folder / "codec.pth")
+    codec_bridge.save(codec, folder / "codec.safetensors", dtype="bfloat16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path("data/music"))
+    parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
+    parser.add_argument("--out", type=Path, default=Path("runs/codec"))
+    parser.add_argument("--minutes", type=float, default=75, help="training time, all runs")
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2, help="threads; divides the batch")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of an excerpt")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--clip", type=float, default=5.0, help="largest gradient norm")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=float, default=5, help="minutes")
+    parser.add_argument("--validate-every", type=float, default=12, help="minutes")
+    a = parser.parse_args()
+    for path in (a.data / "index.json", a.split):
+        if not path.exists():
+            sys.exit(f"{path} does not exist; run cache_music.py first")
+    a.out.mkdir(parents=True, exist_ok=True)
+    split = json.loads(a.split.read_text())
+    train = Excerpts(a.data, split["train"])
+    held = Excerpts(a.data, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
+
+    dac = import_dac()
+    sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
+    torch.manual_seed(a.seed)
+    model = dac.DAC(**CONFIG).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=a.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    use = CodeUse(CONFIG["n_codebooks"], CONFIG["codebook_size"])
+    # Threads that each run whole layers on their part of the batch: on a machine shared with
+    # others this loses far less than splitting every operation between the cores.
+    replicas = [model, *(dac.DAC(**CONFIG).train() for _ in range(a.workers - 1))]
+    pool = ThreadPoolExecutor(a.workers)
+    loss_of, distance = MelDistance(SCALES), MelDistance([(2048, 150), (512, 80)])
+    step, spent = 0, 0.0
+    checkpoint = a.out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, use.share, step, spent = state["ema"], state["use"], state["step"], state["spent"]
+        print(f"resumed at step {step}, after {spent / 60:.1f} minutes", flush=True)
+    for replica in replicas[1:]:
+        for parameter, own in zip(replica.parameters(), model.parameters(), strict=True):
+            parameter.data = own.data
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {len(train.names)} training tracks", flush=True)
+
+    def progress() -> float:
+        return min(1.0, max(step / a.steps, spent / (60 * a.minutes)))
+
+    def checkpoint_now() -> None:
+        state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
+        state |= {"use": use.share, "step": step, "spent": spent, "config": CONFIG}
+        save(checkpoint, state)
+
+    saved = validated = spent
+    sums = np.zeros(5)
+    samples = int(a.seconds * SAMPLE_RATE) // 480 * 480
+    while progress() < 1:
+        started = time.monotonic()
+        rng = np.random.default_rng((a.seed, step))
+        torch.manual_seed(a.seed * 1_000_003 + step)
+        rate = a.learning_rate * min(1, (step + 1) / 150) * (1 + math.cos(math.pi * progress())) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = max(rate, 1e-6)
+        audio = train.draw(rng, a.batch, samples, 4.0).chunk(a.workers)
+        results = list(
+            pool.map(lambda m, x: backward(m, x, loss_of, not a.float32), replicas, audio)
+        )
+        codes, latents = (torch.cat([r[i] for r in results]) for i in (0, 1))
+        mel, commitment = (float(np.mean([r[i] for r in results])) for i in (2, 3))
+        for parameter, *others in zip(*(m.parameters() for m in replicas), strict=True):
+            for other in others:
+                parameter.grad += other.grad
+            parameter.grad /= a.workers
+        norm = nn.utils.clip_grad_norm_(model.parameters(), a.clip)
+        if torch.isfinite(norm):
+            optimizer.step()
+        decay = min(0.998, (1 + step) / (20 + step))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                ema[key].lerp_(value, 1 - decay)
+        use.update(codes, latents)
+        if step % 25 == 24 and progress() < 0.7:
+            generator = torch.Generator().manual_seed(step)
+            sums[4] += use.reseed(model, ema, optimizer, generator)
+        sums[:4] += [mel, commitment, float(norm), 1]
+        step += 1
+        spent += time.monotonic() - started
+        if step % 50 == 0:
+            n = sums[3]
+            perplexity = " ".join(f"{p:.0f}" for p in use.perplexity())
+            means = f"mel {sums[0] / n:.4f} commit {sums[1] / n:.3f} norm {sums[2] / n:.2f}"
+            rest = f"reseeded {sums[4]:.0f} lr {rate:.1e} perplexity {perplexity}"
+            print(f"step {step} minute {spent / 60:.1f} {means} {rest}", flush=True)
+            sums[:] = 0
+        if spent - saved > 60 * a.save_every:
+            checkpoint_now()
+            saved = spent
+        if spent - validated > 60 * a.validate_every:
+            value = validate(model, ema, held, distance)
+            print(f"step {step} validation mel distance {value:.4f}", flush=True)
+            validated = spent
+    checkpoint_now()
+    export(ema, a.out)
+    print(
+        f"finished: validation mel distance {validate(model, ema, held, distance):.4f}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()
