@@ -38,12 +38,22 @@ class ModelConfig:
     """Attention kernel; cudnn needs an NVIDIA GPU and bfloat16."""
 
     def __post_init__(self) -> None:
-        for name in ("n_codebooks", "n_layers", "n_heads", "embedding_dim", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.latent_dim < 1:
-            raise InputError(f"latent_dim is {self.latent_dim}; it must be at least 1.")
-        if not 0 <= self.n_conditioning_codebooks < self.n_codebooks:
+        positive = (
+            "n_codebooks",
+            "n_layers",
+            "n_heads",
+            "embedding_dim",
+            "vocab_size",
+            "latent_dim",
+        )
+        for name in (*positive, "n_conditioning_codebooks"):
+            value = getattr(self, name)
+            if type(value) is not int or value < (name in positive):
+                raise InputError(
+                    f"{name} is {value!r}; it must be a whole number of at least "
+                    f"{int(name in positive)}."
+                )
+        if self.n_conditioning_codebooks >= self.n_codebooks:
             raise InputError(
                 f"n_conditioning_codebooks is {self.n_conditioning_codebooks}; it must be from 0 "
                 f"to n_codebooks - 1 = {self.n_codebooks - 1}."
@@ -52,8 +62,8 @@ class ModelConfig:
             raise InputError(
                 f"embedding_dim {self.embedding_dim} is not a multiple of n_heads {self.n_heads}."
             )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is {self.dropout}; it must be from 0 to below 1.")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout!r}; it must be from 0 to below 1.")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype is {self.dtype!r}; choose float32 or bfloat16.")
         if self.attention not in ("xla", "cudnn"):

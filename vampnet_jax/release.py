@@ -4,6 +4,7 @@ config.json           dimensions of both models, their windows, the codec's fing
 coarse.safetensors    parameters, float32 or bfloat16; names are paths such as `blocks/query`
 fine.safetensors
 codec.safetensors     the codec, with its kind and dimensions
+coarse.lora.safetensors, fine.lora.safetensors    LoRA adapters, where kept; merged at load
 MODEL_CARD.md         what the model was trained on, its licence, figures
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,12 +24,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import codec_bridge
 from codec_bridge.errors import InputError
+from vampnet_jax import lora
 from vampnet_jax import model as network
 from vampnet_jax.config import ModelConfig
 
 FORMAT_VERSION = 1
 MODELS_IN_THE_BOX = Path(__file__).parent / "models"
 CARD = "MODEL_CARD.md"
+FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")
+"""What a model directory must have; a card is welcome."""
 
 
 class Stage(NamedTuple):
@@ -88,11 +93,10 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
       InputError: there is no such model, or a file of it is missing, damaged or of another model.
     """
     directory = resolve(name_or_directory)
-    description = _read_description(directory)
-    codec_path = _existing(directory, "codec.safetensors")
-    codec = codec_bridge.load(codec_path)
+    description = read_description(directory)
+    codec = load_codec(directory)
     if codec.fingerprint != description["codec"]["fingerprint"]:
-        raise InputError(f"{codec_path} is not the codec that {directory} was made for.")
+        raise InputError(f"the codec in {directory} is not the one that its models speak.")
     try:
         card = (directory / CARD).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -108,10 +112,19 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
     )
 
 
+def load_codec(name_or_directory: str | os.PathLike = "tiny") -> codec_bridge.Codec:
+    """The codec of a model alone."""
+    return codec_bridge.load(_existing(resolve(name_or_directory), "codec.safetensors"))
+
+
 def resolve(name_or_directory: str | os.PathLike) -> Path:
     """The directory of a model, by its name or path."""
     if str(name_or_directory) in available_models():
         return MODELS_IN_THE_BOX / str(name_or_directory)
+    if str(name_or_directory).partition(":")[0] == "official":
+        from vampnet_jax import download
+
+        return download.downloaded(str(name_or_directory))
     directory = Path(name_or_directory)
     if not directory.is_dir():
         raise InputError(
@@ -127,12 +140,15 @@ def save(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     overwrite: bool = False,
+    adapters: Mapping[str, tuple[lora.Adapters, lora.LoraConfig]] | None = None,
 ) -> None:
     """Write a model directory; it appears whole or not at all.
 
     Args:
       dtype: bfloat16 halves the files and rounds the parameters.
       overwrite: replace an existing directory.
+      adapters: LoRA adapters of the stages "coarse" and "fine" that are not merged into the
+        model's parameters; they are kept in files of their own and merged when it is loaded.
 
     Raises:
       InputError: the directory exists and overwrite is False, or cannot be written.
@@ -140,32 +156,43 @@ def save(
     directory = Path(directory)
     if directory.exists() and not overwrite:
         raise InputError(f"{directory} exists; choose another name or overwrite it.")
+    if directory.exists() and not (directory / "config.json").is_file():
+        # Whatever it is, it is not ours to delete.
+        raise InputError(f"{directory} exists and is no model directory; choose another name.")
+    staging = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}.") from None
-    try:
         staging.chmod(0o755)
-        _write(model, staging, dtype)
+        if model.name == "unnamed":
+            model = dataclasses.replace(model, name=directory.name)
+        _write(model, staging, dtype, adapters or {})
         if directory.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=".replaced.", dir=directory.parent))
-            directory.rename(replaced / "model")
+            replaced = staging.with_name(f"{staging.name}.replaced")
+            directory.rename(replaced)  # out of the way: a rename cannot replace a full directory
             staging.rename(directory)
             shutil.rmtree(replaced)
         else:
             staging.rename(directory)
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error.strerror}.") from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(model: Model, directory: Path, dtype: str) -> None:
+def _write(
+    model: Model,
+    directory: Path,
+    dtype: Literal["float32", "bfloat16"],
+    adapters: Mapping[str, tuple[lora.Adapters, lora.LoraConfig]],
+) -> None:
     codec_bridge.save(model.codec, directory / "codec.safetensors", dtype=dtype)
     # Rounding changes the codec, and so its fingerprint.
     codec = codec_bridge.load(directory / "codec.safetensors")
-    description = {
+    description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "name": directory.name if model.name == "unnamed" else model.name,
+        "name": model.name,
         "codec": {
             "kind": codec.kind,
             "fingerprint": codec.fingerprint,
@@ -180,7 +207,10 @@ def _write(model: Model, directory: Path, dtype: str) -> None:
         ("fine", model.fine, model.fine_window),
     ):
         description[name] = {"window": window, "config": dataclasses.asdict(stage.config)}
+        description[name]["lora"] = name in adapters
         _save_stage(stage, directory / f"{name}.safetensors", dtype)
+        if name in adapters:
+            lora.save(directory / f"{name}.lora.safetensors", *adapters[name])
     (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (directory / CARD).write_text(model.card, encoding="utf-8")
 
@@ -189,13 +219,25 @@ def _save_stage(stage: Stage, path: Path, dtype: str) -> None:
     from safetensors.numpy import save_file
 
     flat = flatten_dict(stage.params, sep="/")
+    path.touch()  # safetensors makes new files unreadable for others
     save_file({name: np.asarray(x, jnp.dtype(dtype)) for name, x in flat.items()}, path)
 
 
 def _load_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage:
     config = ModelConfig(**description[name]["config"])
     params = load_params(_existing(directory, f"{name}.safetensors"), config)
-    return Stage(params, config)
+    kept = load_adapters(directory, name, description)
+    return Stage(params if kept is None else lora.merge(params, *kept), config)
+
+
+def load_adapters(
+    directory: Path, name: str, description: dict[str, Any]
+) -> tuple[lora.Adapters, lora.LoraConfig] | None:
+    """The adapters that are kept beside a stage, if any."""
+    if not description[name].get("lora", False):
+        return None
+    path = _existing(directory, f"{name}.lora.safetensors")
+    return lora.load(path, ModelConfig(**description[name]["config"]))
 
 
 def load_params(path: Path, config: ModelConfig) -> network.Params:
@@ -221,7 +263,8 @@ def load_params(path: Path, config: ModelConfig) -> network.Params:
     return unflatten_dict(flat, sep="/")
 
 
-def _read_description(directory: Path) -> dict[str, Any]:
+def read_description(directory: Path) -> dict[str, Any]:
+    """The checked content of config.json."""
     path = _existing(directory, "config.json")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ options are traced, so changing them never recompiles.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,7 @@ def example_keys(key: jax.Array, n_examples: int) -> jax.Array:
 def _traced(options: SamplingOptions) -> SamplingOptions:
     """The options as arrays of fixed types, so that 1 and 1.0 share a program."""
     integers = ("top_k", "typical_min_tokens")
-    values = {
+    values: dict[str, Any] = {
         field.name: jnp.asarray(value, jnp.int32 if field.name in integers else jnp.float32)
         for field in dataclasses.fields(options)
         if field.name != "steps" and (value := getattr(options, field.name)) is not None

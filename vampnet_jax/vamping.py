@@ -65,10 +65,10 @@ def vamp(
         raise ValueError(f"tokens are {tokens.shape}; the model needs [B, {n_codebooks}, T]")
     if mask.shape != tokens.shape:
         raise ValueError(f"mask is {mask.shape} and tokens are {tokens.shape}; they must be alike")
-    tokens, mask = np.array(tokens, np.int32), np.array(mask, bool)
-    n_examples, _, n_frames = tokens.shape
+    filled, masked = np.array(tokens, np.int32), np.array(mask, bool)
+    n_examples, _, n_frames = filled.shape
     if n_examples == 0 or n_frames == 0:
-        return jnp.asarray(tokens)
+        return jnp.asarray(filled)
     keys = example_keys(key, n_examples)
     coarse_keys, fine_keys = (_fold(keys, stage) for stage in (0, 1))
 
@@ -84,12 +84,12 @@ def vamp(
             on_progress(done, total)
 
     _fill(
-        model.coarse, tokens[:, :n_coarse], mask[:, :n_coarse], coarse_keys, coarse,
+        model.coarse, filled[:, :n_coarse], masked[:, :n_coarse], coarse_keys, coarse,
         coarse_passes, model.coarse_window, report,
     )  # fmt: skip
-    mask[:, : model.fine.config.n_conditioning_codebooks] = False
-    _fill(model.fine, tokens, mask, fine_keys, fine, fine_passes, model.fine_window, report)
-    return jnp.asarray(tokens)
+    masked[:, :n_coarse] = False
+    _fill(model.fine, filled, masked, fine_keys, fine, fine_passes, model.fine_window, report)
+    return jnp.asarray(filled)
 
 
 def window_starts(n_frames: int, window: int) -> list[int]:

@@ -1,0 +1,163 @@
+"""A model directory gives back the model that was saved, or says what is wrong with it."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_codecs import random_codec
+from small_models import random_model
+
+import vampnet_jax as vampnet
+from codec_bridge.errors import InputError
+from vampnet_jax import release
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(random_codec())
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    vampnet.save(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same_arrays(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_what_is_saved_is_loaded(model, saved):
+    loaded = vampnet.load(saved)
+    for name in ("coarse", "fine"):
+        (params, config), (want, want_config) = getattr(loaded, name), getattr(model, name)
+        assert config == want_config
+        assert_same_arrays(params, want)
+    assert loaded.codec.fingerprint == model.codec.fingerprint
+    assert (loaded.coarse_window, loaded.fine_window) == (40, 20)
+    assert (loaded.name, loaded.card) == ("random", "# random\n")
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["model"]
+
+
+def test_a_loaded_model_vamps_the_same(model, saved):
+    tokens = jnp.zeros((1, 8, 30), jnp.int32)
+    arguments = (tokens, tokens == 0, jax.random.key(0))
+    np.testing.assert_array_equal(
+        vampnet.vamp(vampnet.load(saved), *arguments), vampnet.vamp(model, *arguments)
+    )
+
+
+def test_bfloat16_rounds_once_and_halves_the_files(model, saved, tmp_path):
+    vampnet.save(model, tmp_path / "small", dtype="bfloat16")
+    once = vampnet.load(tmp_path / "small")
+    vampnet.save(once, tmp_path / "again", dtype="bfloat16")
+    again = vampnet.load(tmp_path / "again")
+    assert_same_arrays(once.coarse.params, again.coarse.params)
+    assert once.codec.fingerprint == again.codec.fingerprint
+    assert once.coarse.params["norm"].dtype == jnp.float32
+    size, full = ((d / "fine.safetensors").stat().st_size for d in (tmp_path / "small", saved))
+    assert size < 0.6 * full
+    np.testing.assert_allclose(
+        once.fine.params["head"]["kernel"], model.fine.params["head"]["kernel"], rtol=2**-8
+    )
+
+
+def test_an_existing_directory_is_replaced_only_when_asked(model, saved):
+    (saved / "config.json").write_text("mine")
+    with pytest.raises(InputError, match="exists"):
+        vampnet.save(model, saved)
+    assert (saved / "config.json").read_text() == "mine"
+    vampnet.save(model, saved, overwrite=True)
+    assert vampnet.load(saved).name == "random"
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["model"]
+
+
+def test_a_save_that_fails_leaves_what_was_there(model, saved, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(release, "_save_stage", fail)
+    with pytest.raises(InputError, match="No space left"):
+        vampnet.save(model, saved, overwrite=True)
+    monkeypatch.undo()
+    assert vampnet.load(saved).name == "random"
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["model"]
+
+
+def test_a_place_that_cannot_be_written_is_named(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        vampnet.save(model, tmp_path / "file" / "model")
+
+
+@pytest.mark.parametrize("name", release.FILES)
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(InputError, match=rf"has no {name}"):
+        vampnet.load(saved)
+
+
+@pytest.mark.parametrize("name", release.FILES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_refused(saved, name, share):
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError):
+        vampnet.load(saved)
+
+
+def test_a_model_that_does_not_exist_lists_those_that_do(tmp_path):
+    with pytest.raises(InputError, match="there is no model 'nowhere'"):
+        vampnet.load("nowhere")
+
+
+def change(saved, path, value):
+    description = json.loads((saved / "config.json").read_text())
+    node = description
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (saved / "config.json").write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format_version"], 99, "format 99"),
+        (["name"], 7, "name is not a string"),
+        (["coarse", "window"], 0, "window"),
+        (["coarse", "window"], "long", "window"),
+        (["coarse", "config", "n_layers"], 2, "does not fit its config.json"),
+        (["coarse", "config", "n_layers"], -1, "at least 1"),
+        (["coarse", "config", "n_layers"], "two", "n_layers"),
+        (["coarse", "config", "colour"], "red", "colour"),
+        (["coarse", "config"], [], "describe"),
+        (["codec", "fingerprint"], "0" * 64, "not the one"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_description_that_does_not_fit_is_refused(saved, path, value, message):
+    change(saved, path, value)
+    with pytest.raises(InputError, match=message):
+        vampnet.load(saved)
+
+
+def test_a_codec_of_another_model_is_refused(saved, tmp_path):
+    vampnet.save(random_model(random_codec(seed=1)), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "codec.safetensors", saved)
+    with pytest.raises(InputError, match="not the one that its models speak"):
+        vampnet.load(saved)
+
+
+def test_stages_that_do_not_belong_together_are_refused(model):
+    with pytest.raises(InputError, match="do not belong together"):
+        vampnet.Model(model.coarse, model.coarse, model.codec, 40, 20)
+    with pytest.raises(InputError, match="do not belong together"):
+        vampnet.Model(model.fine, model.fine, model.codec, 40, 20)
+    with pytest.raises(InputError, match="the codec has only 4"):
+        vampnet.Model(model.coarse, model.fine, random_codec(n_codebooks=4), 40, 20)
+    with pytest.raises(InputError, match="knows 64 codes"):
+        vampnet.Model(model.coarse, model.fine, random_codec(codebook_size=32), 40, 20)
