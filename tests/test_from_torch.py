@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -129,10 +130,24 @@ def test_other_unknown_metadata_is_ignored(checkpoint, write):
     assert equal(pth.read(write(checkpoint), CODEBOOKS).params, plain.params)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}, {"metadata": {}}, torch.zeros(2)])
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], torch.zeros(2), {"state_dict": {}}, {"state_dict": {"a": torch.zeros(2)}}],
+)
 def test_a_file_of_another_kind_is_refused(write, content):
-    with pytest.raises(InputError, match="no checkpoint of the original VampNet"):
+    with pytest.raises(InputError, match=r"no checkpoint|no state_dict"):
         pth.read(write(content), CODEBOOKS)
+
+
+def test_a_bare_state_dict_without_sizes_is_refused(checkpoint, write):
+    with pytest.raises(InputError, match="no 'kwargs'"):
+        pth.read(write(checkpoint["state_dict"]), CODEBOOKS)
+
+
+def test_a_head_without_a_direction_is_refused(checkpoint, write):
+    checkpoint["state_dict"]["classifier.layers.0.weight_v"][3] = 0
+    with pytest.raises(InputError, match="row of zeros"):
+        pth.read(write(checkpoint), CODEBOOKS)
 
 
 def test_values_that_are_no_numbers_are_refused(checkpoint, write):
@@ -145,7 +160,7 @@ def test_tensors_larger_than_the_file_are_refused(checkpoint, write):
     state = checkpoint["state_dict"]
     for key, tensor in state.items():
         state[key] = torch.zeros(1).expand(tensor.shape)
-    with pytest.raises(InputError, match="more numbers than it holds"):
+    with pytest.raises(InputError, match="bytes in a file of"):
         pth.read(write(checkpoint), CODEBOOKS)
 
 
@@ -199,7 +214,7 @@ def test_a_fine_tunes_file_holds_adapters_alone_and_all_of_them(checkpoint, writ
     for content, message in (
         (checkpoint["state_dict"], "unknown embedding"),
         (dict(list(adapters.items())[:-1]), "missing transformer"),
-        ({}, "no LoRA matrices"),
+        ({"a": torch.zeros(1)}, "no LoRA matrices"),
     ):
         torch.save(content, tmp_path / "lora.pth")
         with pytest.raises(InputError, match=message):
@@ -220,7 +235,11 @@ def test_a_checkpoint_without_adapters_is_read_too(checkpoint, write):
 def test_other_sizes_come_back_from_a_file(tmp_path, n_heads, vocab_size):
     config = ModelConfig(5, 2, 2, n_heads, 16, vocab_size, latent_dim=3)
     codebooks = np.ones((6, vocab_size, 3), np.float32)
-    params = model.init(jax.random.key(1), config, codebooks)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), config, jnp.asarray(codebooks)))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    params["embedding"]["codebooks"] = codebooks[:5]
+    params["head"]["kernel"][:, 1, 2] = 0  # a row without a direction
     torch.save(pth.export(params, config), tmp_path / "other.pth")
     back = pth.read(tmp_path / "other.pth", codebooks)
     assert back.config == config

@@ -14,6 +14,7 @@ import pytest
 import vampnet_jax as vampnet
 from vampnet_jax import model
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.importing import Source, import_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CODEC = GOLDEN / "codec.pth"
@@ -33,6 +34,14 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def imported(name: str) -> tuple[dict, ModelConfig]:
     return vampnet.from_torch(GOLDEN / f"{name}.pth", CODEC)
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory: pytest.TempPathFactory) -> vampnet.Model:
+    """Both models and the codec through a model directory."""
+    directory = tmp_path_factory.mktemp("models") / "golden"
+    import_model(Source(GOLDEN / "coarse.pth"), Source(GOLDEN / "c2f.pth"), CODEC, directory)
+    return vampnet.load(directory)
 
 
 def masked_tokens(vectors: dict, name: str, config: ModelConfig) -> jax.Array:
@@ -85,6 +94,14 @@ def test_a_saved_and_reloaded_model_decodes_the_same(name, reloaded, vectors, st
     part = reloaded.coarse if name == "coarse" else reloaded.fine
     decoded = decode_one_by_one(part.params, part.config, vectors, name, steps)
     np.testing.assert_array_equal(decoded, vectors[f"{name}_decoded_{steps}_steps"])
+
+
+def test_the_reloaded_codec_gives_the_originals_tokens_and_audio(reloaded, vectors):
+    audio = jnp.asarray(vectors["codec_audio"][:, 0])
+    codes = reloaded.codec.encode(audio)
+    np.testing.assert_array_equal(codes, vectors["codec_codes"])
+    decoded = reloaded.codec.decode(jnp.asarray(vectors["codec_codes"], jnp.int32))
+    np.testing.assert_allclose(decoded, vectors["codec_decoded"][:, 0], rtol=0, atol=1e-5)
 
 
 def decode_one_by_one(params, config, vectors, name, steps) -> np.ndarray:

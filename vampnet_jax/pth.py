@@ -142,6 +142,8 @@ def export(
     """
     import torch
 
+    from codec_bridge.pth import weight_norm
+
     if adapters is None:
         import jax
 
@@ -156,10 +158,10 @@ def export(
             array = np.asarray(_get(params, entry.ours))
             array = rearrange(array[i] if entry.stacked else array, table.reverse(entry.axes))
             if part == "weight_g":
-                array = _row_lengths(array)
+                array = weight_norm(array)
             elif part == "weight_v":
                 # A row of zeros has no direction; its length alone makes it zero.
-                array = np.where(_row_lengths(array) == 0, np.float32(1), array)
+                array = np.where(weight_norm(array) == 0, np.float32(1), array)
         state[key] = torch.from_numpy(np.array(array, np.float32, order="C"))
     sizes = {name: getattr(config, name) for name in _SIZES}
     return {
@@ -169,52 +171,29 @@ def export(
 
 
 def _open(path: Path) -> tuple[dict[str, "torch.Tensor"], Mapping]:
-    """State dict (prefixes of compiled modules stripped) and metadata kwargs of a file."""
-    from codec_bridge.files import read_pth
+    """State dict and metadata kwargs of a file."""
+    from codec_bridge.pth import read_pth
 
-    content = read_pth(path)
-    parts = content if isinstance(content, Mapping) else {}
-    metadata = parts.get("metadata")
-    kwargs = metadata.get("kwargs") if isinstance(metadata, Mapping) else None
-    if not isinstance(parts.get("state_dict"), Mapping) or not isinstance(kwargs, Mapping):
+    checkpoint = read_pth(path)
+    kwargs = checkpoint["metadata"].get("kwargs")
+    if not isinstance(kwargs, Mapping):
         raise InputError(
-            f"{path} is no checkpoint of the original VampNet: it lacks 'state_dict' or "
-            "'metadata' with 'kwargs'."
+            f"{path} is no checkpoint of the original VampNet: its metadata has no 'kwargs'."
         )
-    return _strip(parts["state_dict"], path), kwargs
+    return checkpoint["state_dict"], kwargs
 
 
 def _open_lora(path: Path, config: ModelConfig) -> dict[str, "torch.Tensor"]:
     """The adapter matrices of a fine-tune's file, which holds nothing else."""
-    from codec_bridge.files import read_pth
+    from codec_bridge.pth import read_pth
 
-    content = read_pth(path)
-    state = _strip(content, path) if isinstance(content, Mapping) else {}
+    state = read_pth(path)["state_dict"]
     rank = _rank(state)
     if rank is None:
         raise InputError(f"{path} holds no LoRA matrices; give a fine-tune's lora.pth.")
     expected = {key: shape for key, shape in table.expected(config, rank).items() if _is_lora(key)}
     _check(state, expected, path)
     return state
-
-
-def _strip(state: Mapping, path: Path) -> dict[str, "torch.Tensor"]:
-    import torch
-
-    stripped: dict[str, torch.Tensor] = {}
-    n_bytes = 0
-    for key, tensor in state.items():
-        strided = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        if not (isinstance(key, str) and len(key) < 256 and strided):
-            raise InputError(f"{path} holds {str(key)[:80]!r}, which is no named tensor.")
-        n_bytes += tensor.numel() * tensor.element_size()
-        name = key.replace("_orig_mod.", "")
-        if name in stripped:
-            raise InputError(f"{path} holds {name} twice, with and without '_orig_mod.'.")
-        stripped[name] = tensor
-    if n_bytes > os.path.getsize(path):
-        raise InputError(f"{path} describes more numbers than it holds; fetch it again.")
-    return stripped
 
 
 def _config(kwargs: Mapping, n_keys: int, path: Path) -> ModelConfig:
@@ -268,22 +247,15 @@ def _check(state: Mapping, expected: Mapping[str, tuple[int, ...]], path: Path) 
 
 
 def _pop_weight(state: dict, key: str, normalised: bool) -> np.ndarray:
+    from codec_bridge.pth import fold_weight_norm
+
     if not normalised:
         return _numpy(state.pop(key), key)
     length = _numpy(state.pop(table.sibling(key, "weight_g")), key)
     direction = _numpy(state.pop(table.sibling(key, "weight_v")), key)
-    norm = _row_lengths(direction)
-    return direction * np.where(norm == 0, np.float32(0), length / np.where(norm == 0, 1, norm))
-
-
-def _row_lengths(weight: np.ndarray) -> np.ndarray:
-    """Euclidean length of each row, float32 `[rows, 1, 1]`.
-
-    Summed in float64, so that a length written by one machine is the same float32 on another and
-    length / length is exactly 1.
-    """
-    squares = np.einsum("ijk,ijk->i", weight, weight, dtype=np.float64, casting="same_kind")
-    return np.sqrt(squares).astype(np.float32)[:, None, None]
+    if not direction.any(axis=(1, 2)).all():
+        raise InputError(f"The checkpoint's {key}_v has a row of zeros, which has no direction.")
+    return fold_weight_norm(direction, length)
 
 
 def _merged(weight: np.ndarray, adapters: Mapping, key: str, config: lora.LoraConfig) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""From checkpoints of the original, or training runs of ours, to a model directory."""
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+import codec_bridge
+from codec_bridge.errors import InputError
+from vampnet_jax import pth, release
+from vampnet_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where one stage comes from."""
+
+    path: Path
+    """A `.pth` of the original VampNet, or the folder of a training run."""
+    lora_path: Path | None = None
+    """A fine-tune's `lora.pth`, whose adapters replace the checkpoint's own."""
+    window_seconds: float = 10.0
+    """What the model reads at once; the original's coarse model 10 s, its fine model 3 s."""
+
+
+def import_model(
+    coarse: Source,
+    fine: Source,
+    codec_path: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    keep_lora: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    name: str = "unnamed",
+    card: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory that `vampnet_jax.load` takes.
+
+    Args:
+      coarse, fine: the two stages.
+      codec_path: the codec of both, any file or name `codec_bridge.load` takes.
+      directory: appears whole or not at all.
+      keep_lora: keep the original's LoRA adapters in files of their own (merged when the model is
+        loaded) instead of merging them into the weights now.
+      dtype: as `vampnet_jax.save`.
+      name: of the model; the directory's, if none is given.
+      card: the model card; one that names the sources, if none is given.
+      overwrite: replace an existing model directory.
+
+    Raises:
+      InputError: a source is unreadable, unsafe or damaged, the parts do not belong together, or
+        the directory exists.
+    """
+    directory = Path(directory)
+    if directory.exists() and not overwrite:  # said before the work, not after
+        raise InputError(f"{directory} exists; choose another name or overwrite it.")
+    codec = codec_bridge.load(codec_path)
+    stages, windows, adapters = [], [], {}
+    for stage_name, source in (("coarse", coarse), ("fine", fine)):
+        checkpoint = _read(source, np.asarray(codec.codebooks), keep_lora)
+        stages.append(release.Stage(checkpoint.params, checkpoint.config))
+        windows.append(_frames(source.window_seconds, codec))
+        if checkpoint.adapters is not None:
+            adapters[stage_name] = (checkpoint.adapters, checkpoint.lora_config)
+    if card is None:
+        card = _card(name if name != "unnamed" else directory.name, coarse, fine, Path(codec_path))
+    model = release.Model(stages[0], stages[1], codec, windows[0], windows[1], name, card)
+    release.save(model, directory, dtype=dtype, overwrite=overwrite, adapters=adapters)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(source: Source, codebooks: np.ndarray, keep_lora: bool) -> pth.Checkpoint:
+    if not source.path.is_dir():
+        return pth.read(source.path, codebooks, lora_path=source.lora_path, keep_lora=keep_lora)
+    if source.lora_path is not None:
+        raise InputError(f"{source.path} is a training run; a lora.pth goes with a .pth file.")
+    from vampnet_jax.training.checkpoints import load_run
+
+    params, config = load_run(source.path)
+    _check_codebooks(params, config, codebooks, source.path)
+    return pth.Checkpoint(dict(params), config)
+
+
+def _check_codebooks(
+    params: Mapping, config: ModelConfig, codebooks: np.ndarray, path: Path
+) -> None:
+    trained = np.asarray(params["embedding"]["codebooks"])
+    if not np.array_equal(trained, codebooks[: config.n_codebooks]):
+        raise InputError(f"{path} was trained on the tokens of another codec; give that one.")
+
+
+def _frames(seconds: float, codec: codec_bridge.Codec) -> int:
+    if not 0 < seconds < math.inf:
+        raise InputError(f"A window of {seconds} s is impossible; give a positive length.")
+    return math.ceil(seconds * codec.sample_rate / codec.hop_length)
+
+
+def _card(name: str, coarse: Source, fine: Source, codec_path: Path) -> str:
+    lines = [f"# {name}", "", "Imported by vampnet-jax from:", ""]
+    paths = {"coarse": coarse.path, "coarse adapters": coarse.lora_path, "fine": fine.path}
+    paths |= {"fine adapters": fine.lora_path, "codec": codec_path}
+    for part, path in paths.items():
+        if path is not None and path.is_file():
+            lines.append(f"- {part}: `{path.name}`, SHA-256 `{sha256(path)}`")
+        elif path is not None:
+            lines.append(f"- {part}: `{path.name}`")
+    return "\n".join([*lines, "", "Licence and training data: those of the files above.", ""])
