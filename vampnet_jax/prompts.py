@@ -59,8 +59,8 @@ class Prompt:
     keep_codebooks: int = 0
     """Keep all of the first n codebooks."""
     upper_codebooks: int | None = None
-    """Generate all of the codebooks from this one on. None: 4 (as the presets) with periodic,
-    random, onset or beat; otherwise kept time is kept in all codebooks."""
+    """Generate all of the codebooks from this one on. None: 4 (as the presets) with a period
+    above 1, random, onset or beat; otherwise kept time is kept in all codebooks."""
 
     def __post_init__(self) -> None:
         for name in ("periodic", "onset", "keep_codebooks", "upper_codebooks", "offset"):
@@ -84,13 +84,19 @@ class Prompt:
     @property
     def first_generated_codebook(self) -> int | None:
         """`upper_codebooks`, or what stands for it if that was left out."""
-        sparse = self.periodic or self.onset or self.follows_beats or self.random < 1
+        sparse = self.periodic > 1 or self.onset or self.follows_beats or self.random < 1
         return UPPER_CODEBOOKS if self.upper_codebooks is None and sparse else self.upper_codebooks
 
     @property
     def follows_beats(self) -> bool:
         """Whether beats must be found."""
         return self.beat > 0 or self.beat_before > 0
+
+    def describe(self) -> str:
+        """What differs from a prompt that keeps nothing, in one line."""
+        nothing = Prompt()
+        given = dataclasses.asdict(self).items()
+        return ", ".join(f"{k} {v}" for k, v in given if v != getattr(nothing, k)) or "nothing"
 
     def check_duration(self, seconds: float) -> None:
         """Raise InputError if a span of time does not fit into a clip of this length."""

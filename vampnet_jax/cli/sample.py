@@ -1,0 +1,300 @@
+"""`vampnet sample`, the same as `python sample.py`: audio in, variations out.
+
+Everything that can be checked is checked before anything is computed, and what is computed is
+written into a hidden folder beside its destination and moved there when a variation is complete.
+"""
+
+import dataclasses
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codec_bridge import audio as bridge
+from codec_bridge.errors import InputError
+from vampnet_jax import devices, figures, pipeline, tokens
+from vampnet_jax.cli.progress import StageBars
+from vampnet_jax.cli.results import (
+    Record,
+    Results,
+    environment,
+    file_hash,
+    model_identity,
+    read_record,
+    recorded_file,
+    run_interruptibly,
+    write_record,
+)
+from vampnet_jax.cli.sample_options import (
+    NOT_RECORDED,
+    RECORDED,
+    Options,
+    as_arguments,
+    check_from_nothing,
+    parse,
+    prompt_of,
+    sampling_of,
+)
+from vampnet_jax.pipeline import Clip, Edit, Variations
+from vampnet_jax.prompts import Prompt
+from vampnet_jax.release import Model, load, resolve
+from vampnet_jax.sampling import SamplingOptions
+
+FROM_NOTHING = "from-nothing"
+"""Stem of the files that are made without an input."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; InputError for what a person got wrong."""
+    options = parse(argv)
+    record = None
+    if options.from_params is not None:
+        options, record = _repeated(options)
+    job = _checked(options)
+    results = Results(options.output, job.all_names(), overwrite=options.overwrite)
+    with results:
+        run_interruptibly(lambda: _run(job, record, results), results.discard)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """One input, found to be in order."""
+
+    path: Path | None
+    """None: from nothing."""
+    clip: tokens.TokenFile | None = None
+    """Read already if it is a token file."""
+    recording: tuple[np.ndarray, int] | None = None
+    """Samples `[channels, samples]` and rate, kept if there is but one input (others are read
+    again, so that a long list does not fill the memory)."""
+
+    @property
+    def stem(self) -> str:
+        return FROM_NOTHING if self.path is None else self.path.stem
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A command line that has been checked."""
+
+    options: Options
+    sources: list[Source]
+    prompt: Prompt
+    coarse: SamplingOptions
+    fine: SamplingOptions
+    edit: Edit
+    seed: int
+
+    def names(self, source: Source, index: int) -> list[str]:
+        """Files of one variation; the sound comes last, so that it is never there alone."""
+        endings = (".json", ".png", ".npz" if self.options.tokens else ".wav")
+        return [f"{source.stem}_{index + 1}{ending}" for ending in endings]
+
+    def all_names(self) -> list[str]:
+        """Files of all variations of all inputs."""
+        indices = range(self.options.num_samples)
+        return [name for source in self.sources for i in indices for name in self.names(source, i)]
+
+
+def _run(job: Job, record: Record | None, results: Results) -> None:
+    options = job.options
+    devices.keep_compiled_programs()
+    devices.select(options.device)
+    model = load(options.model)
+    if options.device == "cpu":
+        model.codec.device = "cpu"
+    identity = model_identity(model)
+    if record is not None and _weights(identity) != _weights(record.model):
+        raise InputError(
+            f"the model {options.model} has other weights than the one {options.from_params} was "
+            "made with; give the same model to repeat it."
+        )
+    _check_against_model(job, model)
+    print(f"seed {job.seed}, model {model.name}, prompt {job.prompt.describe()}")
+    with StageBars() as bars:
+        for source in job.sources:
+            start = time.perf_counter()
+            clip = None
+            if source.clip is not None:
+                clip = Clip(source.clip.tokens, source.clip.n_samples, source.clip.gain)
+            elif source.path is not None:
+                audio, rate = source.recording or _read_audio(source.path)
+                if len(audio) > 1 and not options.stereo:
+                    print(f"note: the {len(audio)} channels of {source.path} are mixed to mono")
+                clip = pipeline.encode(
+                    model, audio, rate, stereo=options.stereo, pitch=options.pitch, on_progress=bars
+                )
+            edit = job.edit
+            if options.mask is not None and clip is not None:
+                mask = tokens.read_mask(options.mask, *clip.tokens.shape[1:])
+                edit = dataclasses.replace(edit, mask=mask)
+            made = pipeline.generate(
+                model, clip, job.prompt, seed=job.seed, n_variations=options.num_samples,
+                coarse=job.coarse, fine=job.fine, edit=edit, on_progress=bars,
+            )  # fmt: skip
+            for sort in made.unheard:
+                print(
+                    f"note: no {sort} found in {source.path}; that part of the prompt keeps nothing"
+                )
+            content = _record(job, source, model, identity)
+            for index in range(options.num_samples):
+                _write(job, source, model, clip, made, index, content, results, bars)
+            seconds = options.num_samples * made.n_samples / model.codec.sample_rate
+            print(f"{seconds:.1f} s of music in {time.perf_counter() - start:.1f} s")
+
+
+def _write(
+    job: Job,
+    source: Source,
+    model: Model,
+    clip: Clip | None,
+    made: Variations,
+    index: int,
+    record: dict[str, Any],
+    results: Results,
+    bars: StageBars,
+) -> None:
+    """One variation: sound or tokens, picture, record."""
+    names = job.names(source, index)
+    record_path, picture, result = (results.staging / name for name in names)
+    rate = model.codec.sample_rate
+    before = after = None
+    if job.options.tokens:
+        clip_out = tokens.TokenFile(
+            made.tokens[index], model.codec.fingerprint, rate, model.codec.hop_length,
+            made.n_samples, made.gain,
+        )  # fmt: skip
+        tokens.write(result, clip_out)
+    else:
+        n = job.options.num_samples
+        audio = pipeline.decode(
+            model, made, index,
+            lambda stage, done, total: bars(stage, index * total + done, n * total),
+        )  # fmt: skip
+        bridge.write(result, audio, rate)
+        after = audio.mean(axis=0)
+        if clip is not None and clip.audio is not None:
+            before = clip.audio.mean(axis=0) / clip.gain
+    write_record(record_path, record | {"variation": index + 1})
+    figures.draw_variation(
+        picture,
+        title=f"{source.stem}, variation {index + 1} of {job.options.num_samples} "
+        f"(model {model.name}, seed {job.seed})",
+        tokens=made.prompts[0],
+        mask=made.mask[index],
+        frame_rate=model.codec.frame_rate,
+        before=before,
+        after=after,
+        sample_rate=rate,
+    )
+    results.commit(names)
+    print(results.folder / names[-1])
+
+
+def _record(job: Job, source: Source, model: Model, identity: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides a result, ready for JSON."""
+
+    def file(path: Path | None) -> dict[str, str] | None:
+        return None if path is None else {"path": str(path.absolute()), "sha256": file_hash(path)}
+
+    values = {name: getattr(job.options, name) for name in RECORDED} | {"seed": job.seed}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {
+        "options": plain,
+        "input": file(source.path),
+        "mask": file(job.options.mask),
+        "model": identity,
+        "prompt": dataclasses.asdict(job.prompt),
+        "coarse": dataclasses.asdict(job.coarse),
+        "fine": dataclasses.asdict(job.fine),
+        "environment": environment(),
+    }
+
+
+def _repeated(options: Options) -> tuple[Options, Record]:
+    """The options of an earlier run with this one's inputs, output and device."""
+    path = options.from_params
+    assert path is not None
+    own = {name: getattr(options, name) for name in NOT_RECORDED}
+    if options != Options(**own):
+        raise InputError(
+            "--from-params repeats an earlier run with all its options; only INPUT, -o, "
+            "--overwrite and --device go with it."
+        )
+    record = read_record(path)
+    if set(record.options) != set(RECORDED):
+        odd = sorted(set(record.options) ^ set(RECORDED))
+        raise InputError(f"{path} has other options than this version: {', '.join(odd)}.")
+    if not options.input and record.input is not None:
+        own["input"] = (recorded_file(path, record.input),)
+    if record.mask is not None:
+        recorded_file(path, record.mask)
+    return dataclasses.replace(parse(as_arguments(record.options)), **own), record
+
+
+def _checked(options: Options) -> Job:
+    """Check everything that can be checked before the model is loaded."""
+    if options.num_samples < 1:
+        raise InputError(f"--num-samples is {options.num_samples}; it must be at least 1.")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed is {options.seed}; it must be from 0 to {2**32 - 1}.")
+    if not -12 <= options.pitch <= 12:
+        raise InputError(f"--pitch is {options.pitch:g}; it must be from -12 to 12 semitones.")
+    edit = Edit(stretch=options.stretch, extend=options.extend, feedback=options.feedback)
+    coarse, fine = sampling_of(options, ""), sampling_of(options, "fine_")
+    prompt = prompt_of(options)
+    resolve(options.model)
+    if options.seconds is None:
+        if not options.input:
+            raise InputError("give an audio file, or --seconds to make music from nothing.")
+        sources = [_source(path, options, prompt) for path in options.input]
+    else:
+        check_from_nothing(options)
+        edit = Edit(extend=options.seconds)
+        sources = [Source(None)]
+    stems = [source.stem for source in sources]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise InputError(f"two inputs are called {twice}, as their results would be; rename one.")
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    return Job(options, sources, prompt, coarse, fine, edit, seed)
+
+
+def _source(path: Path, options: Options, prompt: Prompt) -> Source:
+    if path.suffix == ".npz":
+        if options.pitch:
+            raise InputError(f"--pitch needs audio, and {path} holds tokens.")
+        clip = tokens.read(path)
+        prompt.check_duration(clip.n_samples / clip.sample_rate)
+        return Source(path, clip)
+    audio, rate = _read_audio(path)
+    prompt.check_duration(audio.shape[-1] / rate)
+    return Source(path, recording=(audio, rate) if len(options.input) == 1 else None)
+
+
+def _read_audio(path: Path) -> tuple[np.ndarray, int]:
+    audio, rate = bridge.read(path)
+    pipeline.check_recording(audio, rate)
+    return audio, rate
+
+
+def _check_against_model(job: Job, model: Model) -> None:
+    """What depends on the model: token files, and codebooks that must exist."""
+    n_codebooks = pipeline.n_codebooks(model)
+    for source in job.sources:
+        if source.clip is not None and source.path is not None:
+            source.clip.check(source.path, model.codec, n_codebooks)
+    for name in ("keep_codebooks", "upper_codebooks"):
+        value = getattr(job.options, name)
+        if value is not None and value > n_codebooks:
+            raise InputError(
+                f"--{name.replace('_', '-')} is {value}; the model {model.name} has {n_codebooks} "
+                "codebooks."
+            )
+
+
+def _weights(identity: dict[str, str]) -> dict[str, str]:
+    return {part: identity.get(part, "") for part in ("coarse", "fine", "codec")}

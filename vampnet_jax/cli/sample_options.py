@@ -1,0 +1,222 @@
+"""The options of `vampnet sample`, and what they mean to the library."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+from codec_bridge.errors import InputError
+from vampnet_jax import pipeline
+from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, preset
+from vampnet_jax.sampling import SamplingOptions
+
+Off = Literal["off", "None"]
+OFF = ("off", "None")
+MAX_SECONDS = 3600
+"""Longest music from nothing."""
+KEEPING = {
+    "periodic", "prefix", "suffix", "regions", "random", "onset", "beat", "beat_before",
+    "keep_codebooks",
+}  # fmt: skip
+"""Prompt options that say what to keep; the others refine the default preset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Make variations of music: what the prompt keeps stays, everything else is generated anew.
+
+    Without a prompt option the preset medium-variation is used.
+    """
+
+    input: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT...")] = ()
+    """Audio files, or token files (.npz) that --tokens wrote."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("vamped")
+    """Where to write; made if it is not there."""
+    overwrite: bool = False
+    """Replace files of earlier runs."""
+
+    preset: Annotated[str | None, arg(metavar="NAME")] = None
+    """timbre-transfer, small-variation, medium-variation, large-variation, the last three with
+    beat- in front, or unconditional. Prompt options given beside it replace its own."""
+    periodic: Annotated[int | None, arg(metavar="N")] = None
+    """Keep every N-th frame; 0 keeps none, 1 all."""
+    width: Annotated[int | None, arg(metavar="FRAMES")] = None
+    """Frames kept around each periodic frame (1)."""
+    offset: Annotated[int | None, arg(metavar="FRAMES")] = None
+    """Move the periodic frames; drawn anew for each variation if left out."""
+    prefix: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Keep the beginning."""
+    suffix: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Keep the end."""
+    region: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="START:STOP")] = ()
+    """Generate only between these seconds, keep all else. Repeatable. Other prompts act inside."""
+    random: Annotated[float | None, arg(metavar="SHARE")] = None
+    """Generate this share of the tokens, chosen at random."""
+    onset: Annotated[int | None, arg(metavar="FRAMES")] = None
+    """Keep so many frames on each side of every onset."""
+    beat: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Keep so much after every beat."""
+    beat_before: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Keep so much before every beat."""
+    beat_downbeats: bool = False
+    """Follow only the first beat of each bar (taken to have four)."""
+    beat_every: Annotated[int | None, arg(metavar="N")] = None
+    """Follow only every N-th beat (1)."""
+    beat_dropout: Annotated[float | None, arg(metavar="SHARE")] = None
+    """Leave out this share of the beats at random (0)."""
+    dropout: Annotated[float | None, arg(metavar="SHARE")] = None
+    """Generate this share of the kept frames after all (0)."""
+    keep_codebooks: Annotated[int | None, arg(metavar="N")] = None
+    """Keep all of the first N codebooks (0)."""
+    upper_codebooks: Annotated[int | None, arg(metavar="N")] = None
+    """Generate all of the codebooks from the N-th on, counted from 0. If left out: 4 as in the
+    presets with --periodic above 1, --random, --onset and --beat; else no codebook."""
+    mask: Annotated[Path | None, arg(metavar="FILE.npy")] = None
+    """Your own mask, (codebooks, frames) or (frames,), 1 = generate."""
+
+    stretch: Annotated[int, arg(metavar="N")] = 1
+    """Slow down N times: N-1 new frames after each frame."""
+    pitch: Annotated[float, arg(metavar="SEMITONES")] = 0.0
+    """Shift the pitch of the input first, -12 to 12."""
+    extend: Annotated[float, arg(metavar="SECONDS")] = 0.0
+    """Continue the clip."""
+    feedback: Annotated[int, arg(metavar="N")] = 0
+    """Vamp the result N times again, with the periodic frames moved each time."""
+    stereo: bool = False
+    """Keep the channels apart. Otherwise they are mixed to mono, however many there are."""
+    seconds: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Make so much from nothing, without INPUT."""
+    tokens: bool = False
+    """Write token files (.npz) instead of audio."""
+
+    num_samples: Annotated[int, arg(metavar="N")] = 1
+    """Variations of each input."""
+    seed: Annotated[int | None, arg(metavar="N")] = None
+    """0 to 4294967295; drawn, shown and saved if left out."""
+    model: Annotated[str, arg(metavar="NAME|FOLDER")] = "tiny"
+    """A model in the box, or a model directory."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Where the transformers compute; auto takes a GPU or TPU if JAX finds one."""
+    from_params: Annotated[Path | None, arg(metavar="FILE.json")] = None
+    """Repeat an earlier run from the .json beside its result, bit for bit on the same device and
+    versions. Goes with INPUT (other audio), -o, --overwrite and --device only."""
+
+    steps: Annotated[int, arg(metavar="N")] = 36
+    """Decoding steps of the coarse model."""
+    temperature: float = 1.0
+    """Below 1 safer, above 1 wilder."""
+    mask_temperature: float = 10.5
+    """Randomness of the order in which tokens are settled; 0 settles the surest first."""
+    sample_cutoff: Annotated[float, arg(metavar="SHARE")] = 1.0
+    """Share of the steps that draw at random; afterwards the likeliest token is taken."""
+    top_k: int | Off = "off"
+    """Draw only from the K likeliest tokens."""
+    top_p: float | Off = "off"
+    """Draw only from the likeliest tokens that hold this probability."""
+    typical_mass: float | Off = 0.15
+    """Draw only from tokens of typical surprisal that hold this probability."""
+    typical_min_tokens: int = 64
+    """But from at least so many."""
+    fine_steps: Annotated[int, arg(metavar="N")] = 2
+    """The same for the fine model."""
+    fine_temperature: float = 1.0
+    fine_mask_temperature: float = 10.5
+    fine_sample_cutoff: Annotated[float, arg(metavar="SHARE")] = 1.0
+    fine_top_k: int | Off = "off"
+    fine_top_p: float | Off = "off"
+    fine_typical_mass: float | Off = 0.15
+    fine_typical_min_tokens: int = 64
+
+
+NOT_RECORDED = ("input", "output", "overwrite", "device", "from_params")
+"""Options that do not change a result, or of which the record says more."""
+RECORDED = [f.name for f in dataclasses.fields(Options) if f.name not in NOT_RECORDED]
+FREE_WITHOUT_INPUT = [
+    "seconds", "tokens", "num_samples", "seed", "model",
+    *(prefix + f.name for f in dataclasses.fields(SamplingOptions) for prefix in ("", "fine_")),
+]  # fmt: skip
+PRESET_OF_NOTHING = ("preset", "unconditional")
+
+
+def parse(argv: list[str]) -> Options:
+    """Options from a command line; exits with 2 if one is unknown or of the wrong type."""
+    return tyro.cli(Options, args=argv, prog="vampnet sample", config=(FlagCreatePairsOff,))
+
+
+def as_arguments(values: dict[str, Any]) -> list[str]:
+    """A command line that gives options these values, as `Record.options` has them."""
+    arguments: list[str] = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments += [flag] * value
+        elif isinstance(value, list):
+            arguments += [f"{flag}={one}" for one in value]
+        elif value is not None:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+def sampling_of(options: Options, prefix: str = "") -> SamplingOptions:
+    """How to sample; prefix "fine_" for the fine model."""
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    values: dict[str, Any] = {name: getattr(options, prefix + name) for name in names}
+    values = {name: None if value in OFF else value for name, value in values.items()}
+    try:
+        return SamplingOptions(**values)
+    except InputError as error:
+        raise InputError(f"--{prefix.replace('_', '-')}{error}".replace("_", "-")) from None
+
+
+def prompt_of(options: Options) -> Prompt:
+    """The prompt that the options ask for; the default preset if they ask for none."""
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(Prompt)
+        if field.name != "regions" and getattr(options, field.name) not in (None, False)
+    }
+    if options.region:
+        given["regions"] = tuple(_span(text) for text in options.region)
+    if options.preset is not None:
+        base = preset(options.preset)
+    elif options.seconds is not None or options.mask is not None or given.keys() & KEEPING:
+        base = Prompt()
+    elif options.extend or options.stretch > 1:
+        base = Prompt(periodic=1)  # what there is stays
+    else:
+        base = preset(DEFAULT_PRESET)
+    return dataclasses.replace(base, **given)
+
+
+def _span(text: str) -> tuple[float, float]:
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return float(start), float(stop)
+    except ValueError:
+        raise InputError(f"--region is {text!r}; write it in seconds as START:STOP.") from None
+
+
+def check_from_nothing(options: Options) -> None:
+    """Raise InputError for options that need an input."""
+    seconds = options.seconds
+    assert seconds is not None
+    if not pipeline.MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise InputError(
+            f"--seconds is {seconds:g}; it must be from {pipeline.MIN_SECONDS:g} to {MAX_SECONDS}."
+        )
+    if options.input:
+        raise InputError(f"--seconds makes music from nothing; leave out {options.input[0]}.")
+    allowed = Options(
+        **{name: getattr(options, name) for name in (*NOT_RECORDED, *FREE_WITHOUT_INPUT)}
+    )
+    for field in dataclasses.fields(Options):
+        value = getattr(options, field.name)
+        if value != getattr(allowed, field.name) and (field.name, value) != PRESET_OF_NOTHING:
+            raise InputError(
+                f"--{field.name.replace('_', '-')} needs an input; with --seconds there is "
+                "nothing to keep or to change."
+            )

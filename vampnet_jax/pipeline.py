@@ -1,0 +1,299 @@
+"""Audio in, variations out: what `sample.py` does, as functions.
+
+`vamp_audio` is the whole way; `encode`, `generate` and `decode` are its three parts, for
+those who want the tokens or show progress. Source: VampNet, sections 3 and 4.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from codec_bridge import audio as bridge
+from codec_bridge.errors import InputError
+from vampnet_jax import masks
+from vampnet_jax.prompts import DEFAULT_PRESET, PRESETS, Prompt, frames
+from vampnet_jax.release import Model
+from vampnet_jax.rhythm import Rhythm
+from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, SamplingOptions
+from vampnet_jax.vamping import vamp, window_starts
+
+MIN_SECONDS = 0.1
+"""Shorter clips are refused: they hold a few frames at most."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage ("encode", "coarse", "fine", "decode"), what is done and what there is."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """A recording as the model hears it."""
+
+    tokens: np.ndarray
+    """int32 `[channels, C, T]`."""
+    n_samples: int
+    """Length at the codec's rate; the last frame may be filled in part."""
+    gain: float = 1.0
+    """What the recording was multiplied by to be as loud as the training data."""
+    audio: np.ndarray | None = None
+    """float32 `[channels, samples]` at the codec's rate with that gain; None if not at hand."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """What happens to a clip apart from its prompt."""
+
+    stretch: int = 1
+    """Slow down by repeating every frame this many times; all but the first copies are new."""
+    extend: float = 0.0
+    """Continue the clip by this many seconds."""
+    feedback: int = 0
+    """Vamp the result again this many times; each pass moves the periodic prompt."""
+    mask: np.ndarray | None = None
+    """A person's own mask, bool `[C, T]`, True = generate; together with the prompt a token is
+    generated only if both say so."""
+
+    def __post_init__(self) -> None:
+        if self.stretch < 1:
+            raise InputError(f"--stretch is {self.stretch}; it must be a whole number from 1 on.")
+        if not 0 <= self.extend < np.inf:
+            raise InputError(f"--extend is {self.extend}; it must be 0 seconds or more.")
+        if self.feedback < 0:
+            raise InputError(f"--feedback is {self.feedback}; it must be 0 or more.")
+
+
+NO_EDIT = Edit()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variations:
+    """What `generate` made: N variations of one clip."""
+
+    tokens: np.ndarray
+    """int32 `[N, channels, C, T]`."""
+    prompts: np.ndarray
+    """int32 `[channels, C, T]`: the tokens that the first pass started from."""
+    mask: np.ndarray
+    """bool `[N, C, T]`: what the first pass generated."""
+    n_samples: int
+    """Length of the audio at the codec's rate."""
+    gain: float
+    """As of the clip; `decode` takes it back."""
+    unheard: tuple[str, ...] = ()
+    """Of "onsets" and "beats", what the prompt asked for and the clip does not have."""
+
+
+def vamp_audio(
+    model: Model,
+    audio: np.ndarray,
+    sample_rate: int,
+    prompt: Prompt = PRESETS[DEFAULT_PRESET],
+    *,
+    seed: int,
+    n_variations: int = 1,
+    coarse: SamplingOptions = COARSE_DEFAULTS,
+    fine: SamplingOptions = FINE_DEFAULTS,
+    stereo: bool = False,
+    pitch: float = 0.0,
+    edit: Edit = NO_EDIT,
+    on_progress: Progress | None = None,
+) -> np.ndarray:
+    """Make variations of a recording.
+
+    The recording is mixed to mono (or its channels are vamped side by side), resampled to the
+    codec's rate and brought to −24 LUFS; the result has the loudness of the input and peaks of at
+    most 1.
+
+    Args:
+      model: as `vampnet_jax.load` returns.
+      audio: float `[channels, samples]` or `[samples]`, finite.
+      sample_rate: in Hz.
+      prompt: what to keep of it.
+      seed: 0 to 2³²−1. Variation k depends on the seed and on k, not on how many there are.
+      n_variations: N, made as one batch.
+      coarse, fine: how to sample.
+      stereo: keep the channels apart instead of mixing them. They share prompt and random numbers,
+        so that what is alike in both stays alike.
+      pitch: shift the input by this many semitones first, −12 to 12.
+      edit: stretch, extend, feedback, own mask.
+      on_progress: see `Progress`.
+
+    Returns:
+      float32 `[N, channels, samples]` at `model.codec.sample_rate`: as long as the input, times
+      the stretch, plus the extension.
+
+    Raises:
+      InputError: audio or options that do not work.
+    """
+    clip = encode(model, audio, sample_rate, stereo=stereo, pitch=pitch, on_progress=on_progress)
+    made = generate(
+        model, clip, prompt, seed=seed, n_variations=n_variations, coarse=coarse, fine=fine,
+        edit=edit, on_progress=on_progress,
+    )  # fmt: skip
+    return np.stack([decode(model, made, k, on_progress) for k in range(n_variations)])
+
+
+def encode(
+    model: Model,
+    audio: np.ndarray,
+    sample_rate: int,
+    *,
+    stereo: bool = False,
+    pitch: float = 0.0,
+    on_progress: Progress | None = None,
+) -> Clip:
+    """Bring a recording to the codec's rate and to −24 LUFS, and turn it into tokens.
+
+    Arguments as for `vamp_audio`.
+    """
+    audio = np.atleast_2d(np.asarray(audio, np.float32))
+    check_recording(audio, sample_rate)
+    if not stereo:
+        audio = audio.mean(axis=0, keepdims=True)
+    audio = bridge.resample(audio, sample_rate, model.codec.sample_rate)
+    if pitch:
+        audio = bridge.pitch_shift(audio, model.codec.sample_rate, pitch)
+    audio, gain = bridge.normalise(audio, model.codec.sample_rate)
+    tokens = np.asarray(model.codec.encode(audio, progress=_stage(on_progress, "encode")))
+    return Clip(tokens[:, : n_codebooks(model)], audio.shape[-1], gain, audio)
+
+
+def generate(
+    model: Model,
+    clip: Clip | None,
+    prompt: Prompt,
+    *,
+    seed: int,
+    n_variations: int = 1,
+    coarse: SamplingOptions = COARSE_DEFAULTS,
+    fine: SamplingOptions = FINE_DEFAULTS,
+    edit: Edit = NO_EDIT,
+    on_progress: Progress | None = None,
+) -> Variations:
+    """Fill in what the prompt does not keep, coarse then fine, once per pass.
+
+    Args:
+      clip: what to vamp; None makes `edit.extend` seconds from nothing.
+      Others as for `vamp_audio`.
+    """
+    codec = model.codec
+    if clip is None:
+        clip = Clip(np.zeros((1, n_codebooks(model), 0), np.int32), 0)
+    channels, n_rows, n_frames = clip.tokens.shape
+    rhythm = None
+    if prompt.onset or prompt.follows_beats:
+        rhythm = prompt.listen(_mono(model, clip), codec.sample_rate, codec.hop_length)
+    own_mask = None if edit.mask is None else jnp.asarray(edit.mask, bool)
+    if own_mask is not None and own_mask.shape != (n_rows, n_frames):
+        raise InputError(
+            f"the mask has shape {own_mask.shape}; this clip needs {(n_rows, n_frames)}."
+        )
+    n_new = frames(edit.extend, codec.frame_rate)
+
+    def mask_of_variation(key: jax.Array, pass_index: int) -> jax.Array:
+        """bool `[C, T·stretch + new]`."""
+        shape = (n_rows, n_frames)
+        mask = prompt.mask(
+            shape, key, frame_rate=codec.frame_rate, rhythm=rhythm, pass_index=pass_index
+        )
+        if own_mask is not None:
+            mask &= own_mask
+        if n_new and clip.n_samples % codec.hop_length:
+            # Silence fills the last frame up; kept, it would be a gap before the continuation.
+            mask = mask.at[:, -1].set(True)
+        _, mask = masks.stretch(jnp.zeros(shape, jnp.int32), mask, edit.stretch)
+        return jnp.concatenate([mask, jnp.ones((n_rows, n_new), bool)], axis=1)
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n_variations))
+    both = jax.vmap(jax.random.split)(keys)
+    prompt_keys, vamp_keys = both[:, 0], both[:, 1]
+    masks_of_pass = jax.jit(jax.vmap(mask_of_variation, (0, None)), static_argnums=1)
+
+    start = np.repeat(clip.tokens, edit.stretch, axis=-1)
+    start = np.pad(start, [(0, 0), (0, 0), (0, n_new)])
+    # A variation's channels are neighbours in the batch and share mask and key.
+    tokens = jnp.asarray(np.tile(start, (n_variations, 1, 1)))
+    n_passes = edit.feedback + 1
+    for pass_index in range(n_passes):
+        mask = masks_of_pass(prompt_keys, pass_index)
+        if pass_index == 0:
+            first_mask = np.asarray(mask)
+        pass_keys = jax.vmap(jax.random.fold_in, (0, None))(vamp_keys, pass_index)
+        tokens = vamp(
+            model,
+            tokens,
+            jnp.repeat(mask, channels, axis=0),
+            jnp.repeat(pass_keys, channels, axis=0),
+            coarse=coarse,
+            fine=fine,
+            on_progress=_stages(model, start.shape[-1], pass_index, n_passes, on_progress),
+        )
+    return Variations(
+        tokens=np.asarray(tokens).reshape(n_variations, *start.shape),
+        prompts=start,
+        mask=first_mask,
+        n_samples=clip.n_samples * edit.stretch + round(edit.extend * codec.sample_rate),
+        gain=clip.gain,
+        unheard=_unheard(prompt, rhythm),
+    )
+
+
+def decode(
+    model: Model, made: Variations, index: int, on_progress: Progress | None = None
+) -> np.ndarray:
+    """The sound of one variation, float32 `[channels, samples]`, as loud as the input was."""
+    audio = model.codec.decode(made.tokens[index], progress=_stage(on_progress, "decode"))
+    return bridge.restore(np.asarray(audio)[:, : made.n_samples], made.gain)
+
+
+def check_recording(audio: np.ndarray, sample_rate: int) -> None:
+    """Raise InputError for audio `[channels, samples]` that cannot be vamped."""
+    seconds = audio.shape[-1] / sample_rate
+    if seconds < MIN_SECONDS:
+        raise InputError(f"the audio lasts only {seconds:.3f} s; give at least {MIN_SECONDS:g} s.")
+    if not np.isfinite(audio).all():
+        raise InputError("the audio has samples that are not finite (NaN or infinity).")
+
+
+def n_codebooks(model: Model) -> int:
+    """C, codebooks that the two models speak together."""
+    return model.fine.config.n_codebooks
+
+
+def _unheard(prompt: Prompt, rhythm: Rhythm | None) -> tuple[str, ...]:
+    if rhythm is None:
+        return ()
+    asked = {"onsets": bool(prompt.onset), "beats": prompt.follows_beats}
+    return tuple(sort for sort in asked if asked[sort] and not len(getattr(rhythm, sort)))
+
+
+def _mono(model: Model, clip: Clip) -> np.ndarray:
+    audio = clip.audio
+    if audio is None:
+        audio = np.asarray(model.codec.decode(clip.tokens))[:, : clip.n_samples]
+    return audio.mean(axis=0)
+
+
+def _stage(on_progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(stage, done, total)
+
+
+def _stages(
+    model: Model, n_frames: int, pass_index: int, n_passes: int, on_progress: Progress | None
+) -> Callable[[int, int], None] | None:
+    """Tell coarse from fine windows: `vamp` counts them together, coarse ones first."""
+    if on_progress is None:
+        return None
+    n_coarse = len(window_starts(n_frames, model.coarse_window))
+
+    def report(done: int, total: int) -> None:
+        n_fine = total - n_coarse
+        coarse, fine = min(done, n_coarse), max(0, done - n_coarse)
+        on_progress("coarse", pass_index * n_coarse + coarse, n_passes * n_coarse)
+        on_progress("fine", pass_index * n_fine + fine, n_passes * n_fine)
+
+    return report
