@@ -114,7 +114,8 @@ def metrics_by_ratio(sums: Sums, ratios: jax.Array) -> dict[str, jax.Array]:
         "loss": jnp.sum(sums.loss) / n_tokens,
         "log_loss": jnp.sum(sums.log_loss) / n_tokens,
     }
-    for name, chosen in (("r<0.5", ratios < 0.5), ("r>=0.5", ratios >= 0.5)):
+    low = (ratios < 0.5).astype(jnp.float32)
+    for name, chosen in (("r<0.5", low), ("r>=0.5", 1 - low)):
         count = jnp.sum(sums.tokens * chosen)
         metrics[f"top1/{name}"] = jnp.sum(sums.top_1 * chosen) / count
         metrics[f"top25/{name}"] = jnp.sum(sums.top_k * chosen) / count

@@ -98,14 +98,15 @@ def train_step(
 
     gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
     rate = schedule(config)(state.step, done)
-    updates, moments = optimizer(config).update(gradient, state.moments, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and step counts
+        updates, moments = optimizer(config).update(gradient, state.moments, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     ema = state.ema
     if config.ema_decay:
         n = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1 + n) / (10 + n))  # forgets the first steps soon
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
-    metrics |= {"gradient_norm": optax.global_norm(gradient), "learning_rate": rate}
+    metrics |= {"gradient_norm": optax.tree.norm(gradient), "learning_rate": rate}
     return TrainState(state.step + 1, params, ema, moments, state.codebooks), metrics
 
 

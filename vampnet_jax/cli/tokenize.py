@@ -1,0 +1,95 @@
+"""`vampnet tokenize`: audio files to a folder of tokens."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from codec_bridge.errors import InputError
+
+if TYPE_CHECKING:
+    from codec_bridge import Codec
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeOptions:
+    """Turn audio files into a folder of tokens to train from.
+
+    Run it again to continue, or to add files: what is there and has not changed is left alone.
+    """
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="AUDIO... OUT")]
+    """Audio files and folders, and last the folder to write."""
+    model: str = "tiny"
+    """The model whose codec makes the tokens."""
+    codec: str | None = None
+    """A codec file instead, or the name of one."""
+    split: Literal["train", "validation", "test"] | None = None
+    """What these files are for (without any split, training holds out one track in twenty)."""
+    split_file: Path | None = None
+    """JSON that lists the names of tracks by split; files that it does not name are left out."""
+    workers: int = max(1, (os.cpu_count() or 2) // 2)
+    """Processes that encode."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = tyro.cli(TokenizeOptions, prog="vampnet tokenize", args=argv, use_underscores=False)
+    if len(options.paths) < 2:
+        raise InputError("Give audio files or folders, then the folder to write.")
+    if options.workers < 1:
+        raise InputError(f"--workers is {options.workers}; it must be at least 1.")
+    if options.split and options.split_file:
+        raise InputError("Give --split or --split-file, not both.")
+    try:
+        from vampnet_jax.training import tokenising
+    except ImportError as error:
+        raise InputError(
+            f"Tokenising needs the package {error.name}; install vampnet-jax[train]."
+        ) from error
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    *inputs, out = options.paths
+    console = Console()
+    files = tokenising.find_audio(inputs)
+    if options.split_file:
+        files, left_out = tokenising.assign_splits(files, options.split_file)
+        if left_out:
+            console.print(f"{len(left_out)} files are in no split: left out")
+    elif options.split:
+        files = [dataclasses.replace(file, split=options.split) for file in files]
+    load = functools.partial(load_codec, options.model, options.codec)
+    columns = ("tokenising", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("tokenising")
+        outcome = tokenising.tokenise(
+            files,
+            out,
+            load,
+            workers=options.workers,
+            report=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    tracks = outcome.manifest.tracks
+    hours = sum(track.seconds for track in tracks) / 3600
+    console.print(
+        f"{out}: {len(tracks)} tracks, {hours:.2f} h ({outcome.encoded} new, "
+        f"{outcome.unchanged} unchanged, {len(outcome.skipped)} skipped)"
+    )
+    for path, problem in outcome.skipped.items():
+        console.print(f"skipped {path}: {problem}", markup=False, highlight=False)
+    return 0
+
+
+def load_codec(model: str, codec: str | None) -> "Codec":
+    """The codec of a model, or one by itself; a function of this module, so picklable."""
+    import codec_bridge
+
+    if codec is not None:
+        return codec_bridge.load(codec)
+    from vampnet_jax.release import resolve
+
+    return codec_bridge.load(resolve(model))

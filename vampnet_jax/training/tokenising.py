@@ -1,0 +1,433 @@
+"""Audio files to a token folder: in parallel, resumable, safe to repeat.
+
+Every finished track is kept at once, as a file of its records in the hidden folder `.parts`; when
+all are done they are packed into shards and the manifest is replaced. So a run that was stopped
+anywhere loses at most the tracks that were being encoded, and a run that is repeated does
+only what is new or changed.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from codec_bridge import audio
+from codec_bridge.atomic import atomic_write
+from codec_bridge.errors import InputError
+from vampnet_jax.training.loudness import frame_loudness
+from vampnet_jax.training.tokens import (
+    CODEBOOKS,
+    MANIFEST,
+    SHARD_NAME,
+    SPLITS,
+    CodecInfo,
+    Manifest,
+    Track,
+    pack_records,
+    read_manifest,
+    write_codebooks,
+    write_manifest,
+    write_shard,
+)
+
+Read = Callable[[Path], tuple[np.ndarray, int]]
+EXTENSIONS = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".au",
+    ".w64",
+}
+LOUDNESS = -24.0
+"""LUFS that tracks are normalised to before encoding."""
+SHARD_BYTES = 256 * 2**20
+PARTS = ".parts"
+REPORT = "skipped.json"
+
+
+class Encoder(Protocol):
+    """What tokenising needs of a codec."""
+
+    kind: str
+    sample_rate: int
+    hop_length: int
+    n_codebooks: int
+    codebook_size: int
+    codebooks: np.ndarray
+    fingerprint: str
+
+    def encode(self, audio: Any) -> Any:
+        """float32 `[B, samples]` → int32 `[B, C, T]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioFile:
+    """One track to be."""
+
+    path: Path
+    name: str
+    """Source, then the path below it without its extension."""
+    source: str
+    split: str | None = None
+
+    def stamp(self) -> tuple[int, int]:
+        """Size in bytes and time of change in seconds."""
+        status = self.path.stat()
+        return status.st_size, int(status.st_mtime)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run did."""
+
+    encoded: int
+    unchanged: int
+    skipped: Mapping[str, str]
+    """Path → why, of files that could not be used."""
+    manifest: Manifest
+
+
+def find_audio(paths: Sequence[Path]) -> list[AudioFile]:
+    """The audio files among `paths` and below its folders, in the order of their names.
+
+    A file below a folder is called by its path there without extension, and its first folder is
+    its source; a file directly in a folder, or given itself, has that folder as its source.
+
+    Raises:
+      InputError: a path does not exist, there is no audio, or two files would have one name.
+    """
+    found: dict[str, AudioFile] = {}
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} does not exist.")
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+            pairs = [(file, file.relative_to(path)) for file in files if _is_visible(file, path)]
+        else:
+            pairs = [(path, Path(path.name))]
+        top = (path if path.is_dir() else path.absolute().parent).resolve().name or "audio"
+        for file, relative in pairs:
+            if len(relative.parts) == 1:
+                relative = top / relative
+            audio = AudioFile(file, relative.with_suffix("").as_posix(), relative.parts[0])
+            if found.setdefault(audio.name, audio).path.resolve() != file.resolve():
+                raise InputError(
+                    f"{found[audio.name].path} and {file} would both be track {audio.name!r}; "
+                    "rename one or tokenise them into separate folders."
+                )
+    if not found:
+        raise InputError(f"There is no audio in {', '.join(map(str, paths))}.")
+    return [found[name] for name in sorted(found)]
+
+
+def _is_visible(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+
+
+def assign_splits(
+    files: Sequence[AudioFile], split_file: Path
+) -> tuple[list[AudioFile], list[str]]:
+    """Give each file its split from a JSON file `{"train": [names], "validation": …, "test": …}`.
+
+    Returns:
+      The files that the JSON names, and the names of the others, which are left out.
+
+    Raises:
+      InputError: the file cannot be read, or names no file or one twice.
+    """
+    try:
+        content = json.loads(split_file.read_text(encoding="utf-8"))
+        splits = {name: split for split in content for name in content[split]}
+        count = sum(len(names) for names in content.values())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{split_file} is not a JSON of splits and names: {error}.") from error
+    unknown = set(content) - set(SPLITS)
+    if unknown:
+        raise InputError(f"{split_file} has split {min(unknown)!r}; use {', '.join(SPLITS)}.")
+    if count != len(splits):
+        raise InputError(f"{split_file} names a track twice.")
+    named = [dataclasses.replace(f, split=splits[f.name]) for f in files if f.name in splits]
+    if not named:
+        raise InputError(
+            f"{split_file} names none of the {len(files)} tracks, for example {files[0].name!r}."
+        )
+    return named, [file.name for file in files if file.name not in splits]
+
+
+def describe(codec: Encoder) -> CodecInfo:
+    """What a manifest says about a codec."""
+    names = [field.name for field in dataclasses.fields(CodecInfo)]
+    return CodecInfo(**{name: getattr(codec, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedTrack:
+    """One file's tokens `[C, T]`, loudness by frame (before normalising, LUFS) and seconds."""
+
+    tokens: np.ndarray
+    loudness: np.ndarray
+    seconds: float
+
+
+def encode_track(file: AudioFile, codec: Encoder, read: Read) -> EncodedTrack:
+    """Read, resample, mix to mono, normalise and encode one file."""
+    samples, rate = read(file.path)
+    mono = audio.resample(samples.mean(axis=0, keepdims=True), rate, codec.sample_rate)
+    loudness = frame_loudness(np.asarray(mono)[0], codec.sample_rate, codec.hop_length)
+    normal = audio.normalise(mono, codec.sample_rate, LOUDNESS)
+    tokens = np.asarray(codec.encode(normal))[0]
+    frames = min(tokens.shape[1], len(loudness))
+    return EncodedTrack(tokens[:, :frames], loudness[:frames], samples.shape[1] / rate)
+
+
+def tokenise(
+    files: Sequence[AudioFile],
+    out: Path,
+    load_codec: Callable[[], Encoder],
+    *,
+    workers: int,
+    read: Read = audio.read,
+    report: Callable[[int, int], object] = lambda done, total: None,
+) -> Outcome:
+    """Tokenise files into the token folder `out`, which may already hold tracks.
+
+    Args:
+      files: what to tokenise; tracks of the same name that have not changed are left alone.
+      out: made if missing.
+      load_codec: gives the codec; called here and in every worker process, so picklable.
+      workers: processes.
+      read: path → (samples float32 `[channels, n]`, sample rate); picklable.
+      report: hears how many files of how many are done.
+
+    Raises:
+      InputError: `out` holds tokens of another codec or cannot be written, or no file could be
+        used.
+    """
+    codec = load_codec()
+    info = describe(codec)
+    manifest = _existing(out, info)
+    parts = out / PARTS
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}.") from error
+    with _alone(parts):
+        codebooks = np.asarray(codec.codebooks)
+        del codec
+        known = {track.name: track for track in manifest.tracks}
+        changed = [f for f in files if not _is_known(f, known.get(f.name))]
+        places = [(file, _part(out, file, info)) for file in changed]
+        todo = [(file, part) for file, part in places if not part.exists()]
+        counter = itertools.count(len(files) - len(todo))
+        report(next(counter), len(files))
+        skipped: dict[str, str] = {}
+        if todo:
+            skipped = _encode_all(
+                todo, load_codec, read, workers, lambda: report(next(counter), len(files))
+            )
+        ready = [(file, part) for file, part in places if part.exists()]
+        fresh = _pack(out, ready)
+        splits = {file.name: file.split for file in files if file.split}
+        tracks = {track.name: track for track in [*manifest.tracks, *fresh]}
+        if not tracks:
+            path, problem = next(iter(skipped.items()))
+            raise InputError(f"None of the {len(files)} files could be used; {path}: {problem}")
+        manifest = Manifest(
+            info,
+            tuple(
+                dataclasses.replace(track, split=splits.get(name, track.split))
+                for name, track in sorted(tracks.items())
+            ),
+        )
+        write_codebooks(out, codebooks, info.fingerprint)
+        write_manifest(out, manifest)
+        with atomic_write(out / REPORT) as path:
+            path.write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
+        for _, part in ready:
+            part.unlink()
+        named = {track.shard for track in manifest.tracks}
+        for path in out.iterdir():  # of changed tracks, or of a run that ended while packing
+            if _is_shard(path) and path.name not in named:
+                path.unlink()
+    return Outcome(len(fresh), len(files) - len(changed), skipped, manifest)
+
+
+def _existing(out: Path, info: CodecInfo) -> Manifest:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder.")
+    if not (out / MANIFEST).exists():
+        if out.exists() and any(not p.name.startswith(".") for p in _strangers(out)):
+            raise InputError(f"{out} has other files in it; choose a new or empty folder.")
+        return Manifest(info, ())
+    manifest = read_manifest(out)
+    if manifest.codec != info:
+        raise InputError(
+            f"{out} holds tokens of another codec ({manifest.codec.fingerprint[:12]}…) than the "
+            f"one given ({info.fingerprint[:12]}…); choose another folder."
+        )
+    return manifest
+
+
+def _strangers(out: Path) -> Iterator[Path]:
+    return (p for p in out.iterdir() if p.name != CODEBOOKS and not SHARD_NAME.fullmatch(p.name))
+
+
+@contextlib.contextmanager
+def _alone(parts: Path) -> Iterator[None]:
+    """Hold the folder; the system lets go of the lock however this process ends."""
+    path = parts / "lock"
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"Another `vampnet tokenize` is writing to {parts.parent}; wait for it to end."
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink()
+            for folder in (parts, parts.parent):  # goes if it is empty
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _is_known(file: AudioFile, track: Track | None) -> bool:
+    return track is not None and (track.file_bytes, track.file_modified) == file.stamp()
+
+
+def _part(out: Path, file: AudioFile, info: CodecInfo) -> Path:
+    identity = json.dumps([file.name, *file.stamp(), info.fingerprint])
+    return out / PARTS / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".safetensors")
+
+
+def _encode_all(
+    todo: Sequence[tuple[AudioFile, Path]],
+    load_codec: Callable[[], Encoder],
+    read: Read,
+    workers: int,
+    report: Callable[[], object],
+) -> dict[str, str]:
+    """Write the part of every file; returns why some could not be."""
+    skipped: dict[str, str] = {}
+    workers = min(workers, len(todo))
+    threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
+    context = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang
+    arguments = (load_codec, read, threads)
+    pool = ProcessPoolExecutor(max(workers, 1), context, _start_worker, arguments)
+    try:
+        jobs = {pool.submit(_encode_part, file, part): file for file, part in todo}
+        for job in as_completed(jobs):
+            problem = job.result()
+            if problem:
+                skipped[str(jobs[job].path)] = problem
+            report()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "A worker process died, perhaps for lack of memory; what was finished is kept: repeat "
+            "the command, with fewer --workers."
+        ) from error
+    except BaseException:  # Ctrl-C: do not wait for the tracks being encoded
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return skipped
+
+
+def _start_worker(load_codec: Callable[[], Encoder], read: Read, threads: int) -> None:
+    """Load the codec of this process; PyTorch reads the number of threads when imported."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    jax.config.update("jax_platforms", "cpu")
+    _worker = (load_codec(), read)
+
+
+_worker: tuple[Encoder, Read] | None = None
+
+
+def _encode_part(file: AudioFile, part: Path) -> str | None:
+    """Encode one file in a worker process; returns the problem if there is one."""
+    assert _worker is not None
+    codec, read = _worker
+    try:
+        track = encode_track(file, codec, read)
+    except Exception as error:  # one odd file must not end the run
+        return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    tensors = {
+        "tokens": np.ascontiguousarray(track.tokens, np.uint16),
+        "loudness": track.loudness.astype(np.float16),
+        "seconds": np.array([track.seconds], np.float64),
+    }
+    with atomic_write(part) as path:
+        path.write_bytes(safetensors.numpy.save(tensors))
+    return None
+
+
+def _pack(out: Path, ready: Sequence[tuple[AudioFile, Path]]) -> list[Track]:
+    """Write the parts into new shards."""
+    numbers = [int(path.stem.split("-")[1]) for path in out.iterdir() if _is_shard(path)]
+    number = max(numbers, default=-1) + 1
+    fresh: list[Track] = []
+    waiting = list(ready)
+    while waiting:
+        name = f"tokens-{number:05d}.arrayrecord"
+        placed: list[Track] = []
+
+        def records(name: str = name, placed: list[Track] = placed) -> Iterator[bytes]:
+            size = count = 0
+            while waiting and size < SHARD_BYTES:
+                file, part = waiting.pop(0)
+                track, blobs = _placed(file, part, name, count)
+                placed.append(track)
+                yield from blobs
+                count += len(blobs)
+                size += sum(map(len, blobs))
+
+        write_shard(out / name, records())
+        fresh += placed
+        number += 1
+    return fresh
+
+
+def _placed(file: AudioFile, part: Path, shard: str, record: int) -> tuple[Track, list[bytes]]:
+    tensors = safetensors.numpy.load_file(part)
+    file_bytes, file_modified = file.stamp()
+    track = Track(
+        name=file.name,
+        source=file.source,
+        seconds=round(float(tensors["seconds"][0]), 3),
+        frames=tensors["tokens"].shape[1],
+        shard=shard,
+        record=record,
+        split=file.split,
+        file_bytes=file_bytes,
+        file_modified=file_modified,
+    )
+    return track, pack_records(tensors["tokens"], tensors["loudness"])
+
+
+def _is_shard(path: Path) -> bool:
+    return SHARD_NAME.fullmatch(path.name) is not None
