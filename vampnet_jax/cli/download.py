@@ -4,13 +4,14 @@ import dataclasses
 from typing import Annotated
 
 import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 
 @dataclasses.dataclass(frozen=True)
 class DownloadOptions:
     """Fetch the original's published weights from the Hugging Face hub and convert them, once."""
 
-    name: Annotated[str, tyro.conf.Positional] = "official"
+    name: Annotated[str, Positional, arg(metavar="NAME")] = "official"
     """official, or official:NAME for the fine-tune under loras/NAME/ on the hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub; the commit of the first download, if left out."""
@@ -20,7 +21,9 @@ class DownloadOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = tyro.cli(DownloadOptions, prog="vampnet download", args=argv, use_underscores=False)
+    options = tyro.cli(
+        DownloadOptions, prog="vampnet download", args=argv, config=(FlagCreatePairsOff,)
+    )
     from vampnet_jax.download import download
 
     directory = download(options.name, revision=options.revision, overwrite=options.overwrite)

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
     """Write a model as coarse.pth, c2f.pth and codec.pth, which the original VampNet loads."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
     """A model directory or name."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, Positional, arg(metavar="OUT_DIR")]
     """The folder to write the files to."""
     overwrite: bool = False
     """Replace files that exist."""
@@ -21,7 +22,9 @@ class ExportOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = tyro.cli(ExportOptions, prog="vampnet export-torch", args=argv, use_underscores=False)
+    options = tyro.cli(
+        ExportOptions, prog="vampnet export-torch", args=argv, config=(FlagCreatePairsOff,)
+    )
     from vampnet_jax.exporting import export_torch
 
     export_torch(options.model, options.out, overwrite=options.overwrite)

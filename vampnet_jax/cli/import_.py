@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from codec_bridge.errors import InputError
 
@@ -13,7 +14,7 @@ from codec_bridge.errors import InputError
 class ImportOptions:
     """Make a model directory from a coarse model, a fine model and their codec."""
 
-    directory: Annotated[Path, tyro.conf.Positional]
+    directory: Annotated[Path, Positional, arg(metavar="OUT_DIR")]
     """The model directory to write."""
     coarse: Path
     """The coarse model: a .pth of the original VampNet, or the folder of a training run."""
@@ -43,7 +44,9 @@ class ImportOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = tyro.cli(ImportOptions, prog="vampnet import", args=argv, use_underscores=False)
+    options = tyro.cli(
+        ImportOptions, prog="vampnet import", args=argv, config=(FlagCreatePairsOff,)
+    )
     from vampnet_jax.importing import Source, import_model
 
     import_model(
