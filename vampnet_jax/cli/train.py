@@ -4,12 +4,18 @@ import dataclasses
 import importlib.metadata
 import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from codec_bridge.errors import InputError
 
+if TYPE_CHECKING:
+    from vampnet_jax.training.config import TrainConfig
+    from vampnet_jax.training.loop import TrainingData
+
+STOPPED = 130
+"""Exit status after Ctrl-C or SIGTERM, the state being saved."""
 MAY_CHANGE = {
     "steps",
     "minutes",
@@ -107,26 +113,24 @@ def main(argv: list[str] | None = None) -> int:
         if field.name not in NOT_SETTINGS
     }
     try:
-        from vampnet_jax.training import checkpoints, loop
+        from vampnet_jax.training import loop
     except ImportError as error:
         raise InputError(
             f"Training needs the package {error.name}; install vampnet-jax[train]."
         ) from error
     from rich.console import Console
 
-    console = Console()
-    if options.resume:
-        config, data = _resumed(options, settings)
-    else:
-        config, data = _new(options, settings, checkpoints)
-    console.print(f"run {options.out}, seed {config.seed}")
-    finished = loop.train(config, data, options.out, console)
-    return 0 if finished else 130
+    begin = _resumed if options.resume else _new
+    config, data = begin(options, settings)
+    finished = loop.train(config, data, options.out, Console())
+    return 0 if finished else STOPPED
 
 
-def _new(options: TrainOptions, settings: dict[str, Any], checkpoints: Any) -> tuple[Any, Path]:
-    """Resolve the settings of a new run and make its folder."""
+def _new(options: TrainOptions, settings: dict[str, Any]) -> "tuple[TrainConfig, TrainingData]":
+    """Resolve the settings of a new run, check its data and make its folder."""
+    from vampnet_jax.training import checkpoints
     from vampnet_jax.training.config import preset_config
+    from vampnet_jax.training.loop import open_data
     from vampnet_jax.training.tokens import read_codebooks, read_manifest
 
     if options.data is None:
@@ -151,6 +155,7 @@ def _new(options: TrainOptions, settings: dict[str, Any], checkpoints: Any) -> t
         codebook_size=manifest.codec.codebook_size,
         latent_dim=codebooks.shape[2],
     )
+    data = open_data(config, options.data)
     packages = ("vampnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     facts = {
         "stage": stage,
@@ -164,13 +169,13 @@ def _new(options: TrainOptions, settings: dict[str, Any], checkpoints: Any) -> t
     except OSError as error:
         raise InputError(f"cannot make the folder {options.out}: {error.strerror}") from error
     checkpoints.write_run(options.out, config, facts)
-    return config, options.data
+    return config, data
 
 
-def _resumed(options: TrainOptions, settings: dict[str, Any]) -> tuple[Any, Path]:
+def _resumed(options: TrainOptions, settings: dict[str, Any]) -> "tuple[TrainConfig, TrainingData]":
     """The settings of an existing run, with the few that may change."""
     from vampnet_jax.training.checkpoints import read_run, write_run
-    from vampnet_jax.training.tokens import read_manifest
+    from vampnet_jax.training.loop import open_data
 
     config, facts = read_run(options.out)
     given = {name: value for name, value in settings.items() if value is not None}
@@ -184,11 +189,13 @@ def _resumed(options: TrainOptions, settings: dict[str, Any]) -> tuple[Any, Path
             )
     if options.stage not in (None, facts.get("stage")):
         raise InputError(f"{options.out} trains the {facts.get('stage')} stage.")
-    data = options.data or Path(str(facts.get("data")))
-    codec = read_manifest(data).codec
-    if codec.fingerprint != facts.get("codec", {}).get("fingerprint"):
-        raise InputError(f"{options.out} was trained with another codec than the tokens in {data}.")
     changes = {name: value for name, value in given.items() if name in MAY_CHANGE}
     config = dataclasses.replace(config, **changes)
-    write_run(options.out, config, facts | {"data": str(data.resolve())})
+    folder = options.data or Path(str(facts.get("data")))
+    data = open_data(config, folder)
+    if data.manifest.codec.fingerprint != facts.get("codec", {}).get("fingerprint"):
+        raise InputError(
+            f"{options.out} was trained with another codec than that of the tokens in {folder}."
+        )
+    write_run(options.out, config, facts | {"data": str(folder.resolve())})
     return config, data

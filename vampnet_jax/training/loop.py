@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,49 @@ from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.excerpts import RandomExcerpts, choose_tracks, long_enough
 from vampnet_jax.training.log import RunLog
 from vampnet_jax.training.step import TrainState, init_state, model_params, train_step
-from vampnet_jax.training.tokens import TrackReader, read_codebooks, read_manifest
+from vampnet_jax.training.tokens import Manifest, TrackReader, read_codebooks, read_manifest
 from vampnet_jax.training.validation import Validation, token_frequencies
 
 Totals = dict[str, list[float]]
 
 
-def train(config: TrainConfig, data: Path, run: Path, console: Console) -> bool:
+class TrainingData(NamedTuple):
+    """The token folder that a run reads."""
+
+    manifest: Manifest
+    codebooks: np.ndarray
+    """float32 `[C, V, d]`."""
+    window: int
+    """Frames per excerpt."""
+    train: TrackReader
+    validation: TrackReader | None
+    """None where no validation track is as long as a window."""
+    too_short: int
+    """Training tracks that are left out because they are shorter than a window."""
+
+
+def open_data(config: TrainConfig, folder: Path) -> TrainingData:
+    """Open a token folder and check that a run with this configuration can use it.
+
+    Raises:
+      InputError: unusable or damaged tokens, or none as long as a window.
+    """
+    manifest = read_manifest(folder)
+    codebooks = read_codebooks(folder, manifest.codec)
+    window = manifest.codec.frames(config.window_seconds)
+    tracks, too_short = long_enough(choose_tracks(manifest, "train"), window, "training")
+    held_out = [t for t in choose_tracks(manifest, "validation") if t.frames >= window]
+    return TrainingData(
+        manifest=manifest,
+        codebooks=codebooks,
+        window=window,
+        train=TrackReader(folder, manifest, tracks),
+        validation=TrackReader(folder, manifest, held_out) if held_out else None,
+        too_short=too_short,
+    )
+
+
+def train(config: TrainConfig, data: TrainingData, run: Path, console: Console) -> bool:
     """Train until the steps or minutes of the configuration are used up.
 
     Continues from the newest checkpoint in `run` if there is one: with the same data and
@@ -35,7 +72,7 @@ def train(config: TrainConfig, data: Path, run: Path, console: Console) -> bool:
 
     Args:
       config: all settings.
-      data: a token folder of the codec that the configuration fits.
+      data: tokens of the codec that the configuration fits.
       run: an existing folder; checkpoints and logs go there.
       console: where progress is shown.
 
@@ -43,56 +80,38 @@ def train(config: TrainConfig, data: Path, run: Path, console: Console) -> bool:
       Whether training finished; False if Ctrl-C or SIGTERM ended it, after saving.
 
     Raises:
-      InputError: unusable data, or a loss that is not finite.
+      InputError: damaged data, another codec than before, or a loss that is not finite.
     """
-    # --- tokens
-    manifest = read_manifest(data)
-    codebooks = read_codebooks(data, manifest.codec)
-    window = manifest.codec.frames(config.window_seconds)
-    tracks, short = long_enough(choose_tracks(manifest, "train"), window, "training")
-    if short:
-        console.print(f"{short} training tracks are shorter than {window} frames: left out")
-    reader = TrackReader(data, manifest, tracks)
+    # --- data
+    model, window = config.model, data.window
     excerpts = RandomExcerpts(
-        reader, config.model.n_codebooks, window, config.min_loudness, config.seed
+        data.train, model.n_codebooks, window, config.min_loudness, config.seed
     )
     batches = excerpts.batches(config.batch_size)
-    held_out = [t for t in choose_tracks(manifest, "validation") if t.frames >= window]
     validation = None
-    if held_out:
+    if data.validation:
         validation = Validation(
-            TrackReader(data, manifest, held_out),
-            config.model,
-            window,
-            config.validation_excerpts,
-            config.batch_size,
+            data.validation, model, window, config.validation_excerpts, config.batch_size
         )
-    else:
-        console.print("no validation tracks as long as a window: training without validation")
 
     # --- state
     checkpoints = Checkpoints(run, config.keep)
     restored = checkpoints.restore(config)
     if restored is None:
-        state = jax.jit(init_state, static_argnums=0)(config, jnp.asarray(codebooks))
+        state = jax.jit(init_state, static_argnums=0)(config, jnp.asarray(data.codebooks))
         seconds_before = 0.0
     else:
         state, seconds_before = restored
-        if not np.array_equal(state.codebooks, codebooks[: config.model.n_codebooks]):
-            raise InputError(f"{run} was trained with another codec than the tokens in {data}.")
-    n_params = sum(x.size for x in jax.tree.leaves(state.params))
-    console.print(
-        f"{n_params / 1e6:.1f} M parameters, {len(tracks)} training tracks "
-        f"({sum(t.seconds for t in tracks) / 3600:.1f} h), {len(held_out)} for validation, "
-        f"seed {config.seed}, from step {int(state.step)}"
-    )
+        if not np.array_equal(state.codebooks, data.codebooks[: model.n_codebooks]):
+            raise InputError(f"{run} was trained with another codec than these tokens.")
+    _announce(config, state, data, console)
 
     # --- loop
     trainer = _Loop(config, state, seconds_before, validation, checkpoints)
     batches.set_state({"next_index": int(state.step)})
     with RunLog(run, console, int(state.step)) as log, _stop_signals() as stop:
         if validation:
-            unigram = validation.score_unigram(token_frequencies(reader))
+            unigram = validation.score_unigram(token_frequencies(data.train))
             log.write(trainer.step, {f"unigram/{k}": v for k, v in unigram.items()})
             log.say(f"to beat: {unigram['log_loss']:.3f} nats, from token frequencies alone")
         try:
@@ -100,6 +119,24 @@ def train(config: TrainConfig, data: Path, run: Path, console: Console) -> bool:
         finally:
             checkpoints.close()
     return finished
+
+
+def _announce(config: TrainConfig, state: TrainState, data: TrainingData, console: Console) -> None:
+    """Say what is trained on what."""
+    n_params = sum(x.size for x in jax.tree.leaves(state.params))
+    hours = sum(track.seconds for track in data.train.tracks) / 3600
+    held_out = len(data.validation.tracks) if data.validation else 0
+    console.print(
+        f"{n_params / 1e6:.1f} M parameters; {len(data.train.tracks)} training tracks, {hours:.1f} "
+        f"h; {held_out} validation tracks; seed {config.seed}; from step {int(state.step)}",
+        soft_wrap=True,
+    )
+    if data.too_short:
+        console.print(
+            f"{data.too_short} training tracks shorter than {data.window} frames: left out"
+        )
+    if not data.validation:
+        console.print("no validation track is as long as a window: the loss will not be validated")
 
 
 class _Loop:
