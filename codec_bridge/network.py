@@ -29,23 +29,35 @@ def build_network(
     """
     import torch
 
+    network = _without_weights(kind, config)
+    check_names_and_shapes({name: t.shape for name, t in tensors.items()}, _shapes(network))
+    state = {name: torch.from_dlpack(np.ascontiguousarray(t)) for name, t in tensors.items()}
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def tensor_shapes(kind: str, config: CodecConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a codec, weight normalisation folded."""
+    return _shapes(_without_weights(kind, config))
+
+
+def _without_weights(kind: str, config: CodecConfig) -> "torch.nn.Module":
+    import torch
+
     sizes = dataclasses.asdict(config)
-    network: Any
     with torch.device("meta"):
         if kind == "dac":
             from codec_bridge.descript import build_dac
 
-            network = build_dac(sizes)
-        else:
-            from codec_bridge.lac import LAC
+            return build_dac(sizes)
+        from codec_bridge.lac import LAC
 
-            del sizes["sample_rate"]
-            network = LAC(**sizes)
-    needed = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    check_names_and_shapes({name: t.shape for name, t in tensors.items()}, needed)
-    state = {name: torch.from_dlpack(np.ascontiguousarray(t)) for name, t in tensors.items()}
-    network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False)
+        del sizes["sample_rate"]
+        return LAC(**sizes)
+
+
+def _shapes(network: "torch.nn.Module") -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def check_names_and_shapes(

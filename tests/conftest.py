@@ -3,9 +3,12 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The networks here are small: more threads of PyTorch only fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -14,3 +17,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compilation makes first examples slow, and CI must see the same examples every time.
 hypothesis.settings.register_profile("vampnet", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("vampnet")
+
+
+@pytest.fixture(scope="session")
+def small_codec():
+    """An untrained DAC: 8 kHz, hop 64, 8 codebooks of 64 codes of 8 dimensions."""
+    from small_codecs import random_codec
+
+    return random_codec("dac")
