@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from einops import rearrange
 
@@ -115,9 +115,12 @@ def read(
 
 
 def to_device(params: dict) -> dict:
-    """Move numpy arrays to JAX's default device, letting go of each as it is moved."""
+    """Hand numpy arrays over to JAX, letting go of each; they must not be written to any more.
+
+    On CPU, JAX takes over the memory of aligned arrays, where `jnp.asarray` would copy it.
+    """
     for key, value in params.items():
-        params[key] = to_device(value) if isinstance(value, dict) else jnp.asarray(value)
+        params[key] = to_device(value) if isinstance(value, dict) else jax.device_put(value)
     return params
 
 
@@ -145,8 +148,6 @@ def export(
     from codec_bridge.pth import weight_norm
 
     if adapters is None:
-        import jax
-
         adapters = lora.init(jax.random.key(seed), config, table.LORA)
     state: dict[str, torch.Tensor] = {}
     for key, entry, part, i in table.slots(config, table.LORA.rank):
