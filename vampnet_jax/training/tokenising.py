@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -44,22 +45,8 @@ from vampnet_jax.training.tokens import (
     write_shard,
 )
 
-Read = Callable[[Path], tuple[np.ndarray, int]]
-EXTENSIONS = {
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aif",
-    ".aiff",
-    ".aifc",
-    ".au",
-    ".w64",
-}
-LOUDNESS = -24.0
-"""LUFS that tracks are normalised to before encoding."""
+Read = Callable[[Path], audio.Audio]
+EXTENSIONS = re.compile(r"\.(wav|flac|og[ga]|opus|mp3|aif[fc]?|au|w64)", re.IGNORECASE)
 SHARD_BYTES = 256 * 2**20
 PARTS = ".parts"
 REPORT = "skipped.json"
@@ -68,13 +55,20 @@ REPORT = "skipped.json"
 class Encoder(Protocol):
     """What tokenising needs of a codec."""
 
-    kind: str
-    sample_rate: int
-    hop_length: int
-    n_codebooks: int
-    codebook_size: int
-    codebooks: np.ndarray
-    fingerprint: str
+    @property
+    def kind(self) -> str: ...
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def hop_length(self) -> int: ...
+    @property
+    def n_codebooks(self) -> int: ...
+    @property
+    def codebook_size(self) -> int: ...
+    @property
+    def codebooks(self) -> np.ndarray: ...
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, audio: Any) -> Any:
         """float32 `[B, samples]` → int32 `[B, C, T]`."""
@@ -121,7 +115,7 @@ def find_audio(paths: Sequence[Path]) -> list[AudioFile]:
         if not path.exists():
             raise InputError(f"{path} does not exist.")
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+            files = sorted(file for file in path.rglob("*") if EXTENSIONS.fullmatch(file.suffix))
             pairs = [(file, file.relative_to(path)) for file in files if _is_visible(file, path)]
         else:
             pairs = [(path, Path(path.name))]
@@ -191,13 +185,14 @@ class EncodedTrack:
 
 def encode_track(file: AudioFile, codec: Encoder, read: Read) -> EncodedTrack:
     """Read, resample, mix to mono, normalise and encode one file."""
-    samples, rate = read(file.path)
-    mono = audio.resample(samples.mean(axis=0, keepdims=True), rate, codec.sample_rate)
-    loudness = frame_loudness(np.asarray(mono)[0], codec.sample_rate, codec.hop_length)
-    normal = audio.normalise(mono, codec.sample_rate, LOUDNESS)
-    tokens = np.asarray(codec.encode(normal))[0]
+    recording = read(file.path)
+    mono = audio.resample(audio.mono(recording), codec.sample_rate)
+    loudness = frame_loudness(mono.samples[0], codec.sample_rate, codec.hop_length)
+    normal, _ = audio.normalise(mono)  # to −24 LUFS
+    tokens = np.asarray(codec.encode(normal.samples))[0]
     frames = min(tokens.shape[1], len(loudness))
-    return EncodedTrack(tokens[:, :frames], loudness[:frames], samples.shape[1] / rate)
+    seconds = recording.samples.shape[1] / recording.rate
+    return EncodedTrack(tokens[:, :frames], loudness[:frames], seconds)
 
 
 def tokenise(
@@ -216,7 +211,7 @@ def tokenise(
       out: made if missing.
       load_codec: gives the codec; called here and in every worker process, so picklable.
       workers: processes.
-      read: path → (samples float32 `[channels, n]`, sample rate); picklable.
+      read: path → audio, picklable; files that are no usual audio files can be read so.
       report: hears how many files of how many are done.
 
     Raises:
@@ -250,8 +245,8 @@ def tokenise(
         splits = {file.name: file.split for file in files if file.split}
         tracks = {track.name: track for track in [*manifest.tracks, *fresh]}
         if not tracks:
-            path, problem = next(iter(skipped.items()))
-            raise InputError(f"None of the {len(files)} files could be used; {path}: {problem}")
+            first, problem = next(iter(skipped.items()))
+            raise InputError(f"None of the {len(files)} files could be used; {first}: {problem}")
         manifest = Manifest(
             info,
             tuple(
@@ -376,7 +371,7 @@ def _encode_part(file: AudioFile, part: Path) -> str | None:
         track = encode_track(file, codec, read)
     except Exception as error:  # one odd file must not end the run
         return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "tokens": np.ascontiguousarray(track.tokens, np.uint16),
         "loudness": track.loudness.astype(np.float16),
         "seconds": np.array([track.seconds], np.float64),
