@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from codec_bridge.errors import InputError
 
 if TYPE_CHECKING:
-    from codec_bridge import audio
+    import codec_bridge.audio as audio
     from codec_bridge.codec import Codec
     from codec_bridge.files import load, save
 
