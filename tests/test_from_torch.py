@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -244,3 +246,30 @@ def test_other_sizes_come_back_from_a_file(tmp_path, n_heads, vocab_size):
     back = pth.read(tmp_path / "other.pth", codebooks)
     assert back.config == config
     assert equal(back.params, params)
+
+
+MEASURE = """
+import resource, sys
+import numpy as np
+from vampnet_jax import from_torch
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+golden, checkpoint, codec = sys.argv[1:]
+from_torch(golden, codec)  # load all libraries
+np.ones(30 << 18)  # a large block that was freed: the C library now keeps smaller ones
+before = peak()
+params, _ = from_torch(checkpoint, codec)
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
+def test_reading_needs_less_than_one_and_a_half_times_the_files_memory(tmp_path):
+    config = ModelConfig(4, 0, 12, 4, 512, 256)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), config, jnp.asarray(CODEBOOKS)))
+    params = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), shapes)
+    path = tmp_path / "large.pth"
+    torch.save(pth.export(params, config), path)
+    assert path.stat().st_size > 100e6
+    command = [sys.executable, "-c", MEASURE, GOLDEN / "coarse.pth", path, GOLDEN / "codec.pth"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1.5 * path.stat().st_size
