@@ -14,7 +14,7 @@ CODEC = types.SimpleNamespace(
     fingerprint="ab" * 32, sample_rate=8000, hop_length=64, codebook_size=64
 )
 CLIP = tokens.TokenFile(
-    np.arange(2 * 3 * 10, dtype=np.int32).reshape(2, 3, 10), "ab" * 32, 8000, 64, 630, 0.5
+    np.arange(2 * 3 * 10, dtype=np.int32).reshape(2, 3, 10), "ab" * 32, 8000, 64, 630, -6.5
 )
 
 
@@ -36,7 +36,7 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(again.tokens, CLIP.tokens)
     assert again.tokens.dtype == np.int32
     assert (again.codec_fingerprint, again.sample_rate, again.hop_length) == ("ab" * 32, 8000, 64)
-    assert (again.n_samples, again.gain) == (630, 0.5)
+    assert (again.n_samples, again.gain_db) == (630, -6.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     again.check("a.npz", CODEC, 3)
 
@@ -46,7 +46,7 @@ def test_plain_files_of_others_are_read(tmp_path, dtype):
     np.savez(tmp_path / "a.npz", **fields(tokens=CLIP.tokens[0].astype(dtype)))
     again = tokens.read(tmp_path / "a.npz")
     np.testing.assert_array_equal(again.tokens, CLIP.tokens[:1])
-    assert (again.n_samples, again.gain) == (640, 1.0)
+    assert (again.n_samples, again.gain_db) == (640, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_plain_files_of_others_are_read(tmp_path, dtype):
         ({"n_samples": 641}, "impossible length"),
         ({"n_samples": 0}, "impossible length"),
         ({"sample_rate": 0}, "impossible"),
-        ({"gain": np.nan}, "impossible"),
+        ({"gain_db": np.nan}, "impossible"),
         ({"hop_length": "sixty"}, "wrong type"),
         ({"sample_rate": [8000, 8000]}, "wrong type"),
     ],
@@ -102,7 +102,7 @@ def test_pickles_are_never_loaded(tmp_path):
         def __reduce__(self):
             return (pytest.fail, ("the pickle was loaded",))
 
-    np.savez(tmp_path / "a.npz", **fields(gain=np.array(Harmful(), object)))
+    np.savez(tmp_path / "a.npz", **fields(gain_db=np.array(Harmful(), object)))
     with pytest.raises(InputError):
         tokens.read(tmp_path / "a.npz")
 

@@ -5,13 +5,15 @@ those who want the tokens or show progress. Source: VampNet, sections 3 and 4.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codec_bridge import audio as bridge
+from codec_bridge import audio as signal
+from codec_bridge.audio import Audio
 from codec_bridge.errors import InputError
 from vampnet_jax import masks
 from vampnet_jax.prompts import DEFAULT_PRESET, PRESETS, Prompt, frames
@@ -20,6 +22,8 @@ from vampnet_jax.rhythm import Rhythm
 from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, SamplingOptions
 from vampnet_jax.vamping import vamp, window_starts
 
+LOUDNESS = -24.0
+"""LUFS of what the models were trained on."""
 MIN_SECONDS = 0.1
 """Shorter clips are refused: they hold a few frames at most."""
 
@@ -35,10 +39,12 @@ class Clip:
     """int32 `[channels, C, T]`."""
     n_samples: int
     """Length at the codec's rate; the last frame may be filled in part."""
-    gain: float = 1.0
-    """What the recording was multiplied by to be as loud as the training data."""
-    audio: np.ndarray | None = None
-    """float32 `[channels, samples]` at the codec's rate with that gain; None if not at hand."""
+    gain_db: float = 0.0
+    """Gain that made the recording as loud as the training data."""
+    loudness: float = math.nan
+    """In LUFS with that gain; NaN where it is undefined (silence, clips under 0.4 s) or unknown."""
+    audio: Audio | None = None
+    """What was encoded, at the codec's rate with that gain; None if not at hand."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,16 +85,17 @@ class Variations:
     """bool `[N, C, T]`: what the first pass generated."""
     n_samples: int
     """Length of the audio at the codec's rate."""
-    gain: float
+    gain_db: float
     """As of the clip; `decode` takes it back."""
+    loudness: float = math.nan
+    """As of the clip."""
     unheard: tuple[str, ...] = ()
     """Of "onsets" and "beats", what the prompt asked for and the clip does not have."""
 
 
 def vamp_audio(
     model: Model,
-    audio: np.ndarray,
-    sample_rate: int,
+    audio: Audio,
     prompt: Prompt = PRESETS[DEFAULT_PRESET],
     *,
     seed: int,
@@ -99,46 +106,44 @@ def vamp_audio(
     pitch: float = 0.0,
     edit: Edit = NO_EDIT,
     on_progress: Progress | None = None,
-) -> np.ndarray:
+) -> list[Audio]:
     """Make variations of a recording.
 
-    The recording is mixed to mono (or its channels are vamped side by side), resampled to the
-    codec's rate and brought to −24 LUFS; the result has the loudness of the input and peaks of at
-    most 1.
+    The recording is mixed to mono or to stereo, resampled to the codec's rate and brought to
+    −24 LUFS. The result has the loudness of the input (where the prompt keeps whole frames: their
+    level) and peaks of at most 1.
 
     Args:
       model: as `vampnet_jax.load` returns.
-      audio: float `[channels, samples]` or `[samples]`, finite.
-      sample_rate: in Hz.
+      audio: as `codec_bridge.audio.read` returns.
       prompt: what to keep of it.
       seed: 0 to 2³²−1. Variation k depends on the seed and on k, not on how many there are.
       n_variations: N, made as one batch.
       coarse, fine: how to sample.
-      stereo: keep the channels apart instead of mixing them. They share prompt and random numbers,
-        so that what is alike in both stays alike.
+      stereo: keep two channels apart (of more, the even and the odd ones are mixed) instead of
+        mixing all. They share prompt and random numbers, so that what is alike in both stays alike.
       pitch: shift the input by this many semitones first, −12 to 12.
       edit: stretch, extend, feedback, own mask.
       on_progress: see `Progress`.
 
     Returns:
-      float32 `[N, channels, samples]` at `model.codec.sample_rate`: as long as the input, times
-      the stretch, plus the extension.
+      N variations at `model.codec.sample_rate`, each as long as the input, times the stretch, plus
+      the extension.
 
     Raises:
       InputError: audio or options that do not work.
     """
-    clip = encode(model, audio, sample_rate, stereo=stereo, pitch=pitch, on_progress=on_progress)
+    clip = encode(model, audio, stereo=stereo, pitch=pitch, on_progress=on_progress)
     made = generate(
         model, clip, prompt, seed=seed, n_variations=n_variations, coarse=coarse, fine=fine,
         edit=edit, on_progress=on_progress,
     )  # fmt: skip
-    return np.stack([decode(model, made, k, on_progress) for k in range(n_variations)])
+    return [decode(model, made, k, on_progress) for k in range(n_variations)]
 
 
 def encode(
     model: Model,
-    audio: np.ndarray,
-    sample_rate: int,
+    audio: Audio,
     *,
     stereo: bool = False,
     pitch: float = 0.0,
@@ -148,16 +153,19 @@ def encode(
 
     Arguments as for `vamp_audio`.
     """
-    audio = np.atleast_2d(np.asarray(audio, np.float32))
-    check_recording(audio, sample_rate)
-    if not stereo:
-        audio = audio.mean(axis=0, keepdims=True)
-    audio = bridge.resample(audio, sample_rate, model.codec.sample_rate)
-    if pitch:
-        audio = bridge.pitch_shift(audio, model.codec.sample_rate, pitch)
-    audio, gain = bridge.normalise(audio, model.codec.sample_rate)
-    tokens = np.asarray(model.codec.encode(audio, progress=_stage(on_progress, "encode")))
-    return Clip(tokens[:, : n_codebooks(model)], audio.shape[-1], gain, audio)
+    check_recording(audio)
+    audio = signal.stereo(audio) if stereo and audio.channels > 1 else signal.mono(audio)
+    audio = signal.pitch_shift(signal.resample(audio, model.codec.sample_rate), pitch)
+    audio, gain_db = signal.normalise(audio, LOUDNESS)
+    measured = signal.loudness(audio)
+    encoded = np.asarray(model.codec.encode(audio.samples, progress=_stage(on_progress, "encode")))
+    return Clip(
+        tokens=encoded[:, : n_codebooks(model)],
+        n_samples=audio.samples.shape[1],
+        gain_db=gain_db,
+        loudness=measured if math.isfinite(measured) else math.nan,
+        audio=audio,
+    )
 
 
 def generate(
@@ -215,11 +223,8 @@ def generate(
     start = np.pad(start, [(0, 0), (0, 0), (0, n_new)])
     # A variation's channels are neighbours in the batch and share mask and key.
     tokens = jnp.asarray(np.tile(start, (n_variations, 1, 1)))
-    n_passes = edit.feedback + 1
-    for pass_index in range(n_passes):
-        mask = masks_of_pass(prompt_keys, pass_index)
-        if pass_index == 0:
-            first_mask = np.asarray(mask)
+    masks_of_passes = [masks_of_pass(prompt_keys, i) for i in range(edit.feedback + 1)]
+    for pass_index, mask in enumerate(masks_of_passes):
         pass_keys = jax.vmap(jax.random.fold_in, (0, None))(vamp_keys, pass_index)
         tokens = vamp(
             model,
@@ -228,32 +233,45 @@ def generate(
             jnp.repeat(pass_keys, channels, axis=0),
             coarse=coarse,
             fine=fine,
-            on_progress=_stages(model, start.shape[-1], pass_index, n_passes, on_progress),
+            on_progress=_stages(
+                model, start.shape[-1], pass_index, len(masks_of_passes), on_progress
+            ),
         )
     return Variations(
         tokens=np.asarray(tokens).reshape(n_variations, *start.shape),
         prompts=start,
-        mask=first_mask,
+        mask=np.asarray(masks_of_passes[0]),
         n_samples=clip.n_samples * edit.stretch + round(edit.extend * codec.sample_rate),
-        gain=clip.gain,
+        gain_db=clip.gain_db,
+        loudness=clip.loudness,
         unheard=_unheard(prompt, rhythm),
     )
 
 
 def decode(
     model: Model, made: Variations, index: int, on_progress: Progress | None = None
-) -> np.ndarray:
-    """The sound of one variation, float32 `[channels, samples]`, as loud as the input was."""
-    audio = model.codec.decode(made.tokens[index], progress=_stage(on_progress, "decode"))
-    return bridge.restore(np.asarray(audio)[:, : made.n_samples], made.gain)
+) -> Audio:
+    """The sound of one variation, as loud as the input was.
+
+    Where whole frames are kept their level must stay, so the gain of the clip is taken back and
+    that is all; otherwise the music is first brought to the loudness that the clip had.
+    """
+    samples = model.codec.decode(made.tokens[index], progress=_stage(on_progress, "decode"))
+    audio = Audio(np.asarray(samples)[:, : made.n_samples], model.codec.sample_rate)
+    change = 0.0
+    if made.mask[index].any(axis=0).all():
+        change = made.loudness - signal.loudness(audio)
+    gain_db = (change if math.isfinite(change) else 0.0) - made.gain_db
+    return signal.apply_gain(audio, gain_db)[0]
 
 
-def check_recording(audio: np.ndarray, sample_rate: int) -> None:
-    """Raise InputError for audio `[channels, samples]` that cannot be vamped."""
-    seconds = audio.shape[-1] / sample_rate
-    if seconds < MIN_SECONDS:
-        raise InputError(f"the audio lasts only {seconds:.3f} s; give at least {MIN_SECONDS:g} s.")
-    if not np.isfinite(audio).all():
+def check_recording(audio: Audio) -> None:
+    """Raise InputError for audio that cannot be vamped."""
+    if audio.seconds < MIN_SECONDS:
+        raise InputError(
+            f"the audio lasts only {audio.seconds:.3f} s; give at least {MIN_SECONDS:g} s."
+        )
+    if not np.isfinite(audio.samples).all():
         raise InputError("the audio has samples that are not finite (NaN or infinity).")
 
 
@@ -270,10 +288,10 @@ def _unheard(prompt: Prompt, rhythm: Rhythm | None) -> tuple[str, ...]:
 
 
 def _mono(model: Model, clip: Clip) -> np.ndarray:
-    audio = clip.audio
-    if audio is None:
-        audio = np.asarray(model.codec.decode(clip.tokens))[:, : clip.n_samples]
-    return audio.mean(axis=0)
+    """float32 `[samples]`, from the tokens if there is nothing else."""
+    if clip.audio is not None:
+        return clip.audio.samples.mean(axis=0)
+    return np.asarray(model.codec.decode(clip.tokens))[:, : clip.n_samples].mean(axis=0)
 
 
 def _stage(on_progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:

@@ -23,6 +23,7 @@ MAX_BYTES = 256 * 2**20
 """Largest array that is read: 256 MiB are 20 hours of 16 codebooks."""
 MAX_CHANNELS = 64
 MAX_CODEBOOKS = 256
+MAX_GAIN_DB = 200.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,8 +40,8 @@ class TokenFile:
     """Samples per frame."""
     n_samples: int
     """Length of the clip; its last frame may be filled in part."""
-    gain: float = 1.0
-    """What the audio was multiplied by before it was encoded."""
+    gain_db: float = 0.0
+    """Gain that the audio was given before it was encoded."""
 
     def check(self, path: str | os.PathLike[str], codec, n_codebooks: int) -> None:
         """Raise InputError unless these are tokens of this codec, of `n_codebooks` codebooks."""
@@ -76,7 +77,7 @@ def write(path: str | os.PathLike[str], clip: TokenFile) -> None:
         "sample_rate": np.int64(clip.sample_rate),
         "hop_length": np.int64(clip.hop_length),
         "n_samples": np.int64(clip.n_samples),
-        "gain": np.float64(clip.gain),
+        "gain_db": np.float64(clip.gain_db),
     }
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **fields)
@@ -87,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> TokenFile:
 
     Needed in it: `format_version`, `tokens` (integers `[C, T]` or `[channels, C, T]`),
     `codec_fingerprint`, `sample_rate` and `hop_length`; without `n_samples` the clip
-    ends with its last frame, without `gain` it is 1.
+    ends with its last frame, without `gain_db` it is 0.
 
     Raises:
       InputError: not a token file, a newer format, or implausible contents. Whether the tokens fit
@@ -101,7 +102,7 @@ def read(path: str | os.PathLike[str]) -> TokenFile:
         sample_rate, hop_length = int(fields["sample_rate"]), int(fields["hop_length"])
         length = tokens.shape[-1] * hop_length if tokens.ndim else 0
         n_samples = int(fields.get("n_samples", length))
-        gain = float(fields.get("gain", 1.0))
+        gain_db = float(fields.get("gain_db", 0.0))
     except KeyError as error:
         raise InputError(f"{path} is not a token file: it has no {error.args[0]!r}.") from error
     except (TypeError, ValueError) as error:
@@ -121,14 +122,16 @@ def read(path: str | os.PathLike[str]) -> TokenFile:
             f"{path} has {tokens.shape[0]} channels and {tokens.shape[1]} codebooks; "
             f"{MAX_CHANNELS} and {MAX_CODEBOOKS} are the most that are read."
         )
-    if not (0 < n_samples <= length and sample_rate > 0 and math.isfinite(gain) and gain > 0):
+    if not (0 < n_samples <= length and sample_rate > 0 and abs(gain_db) <= MAX_GAIN_DB):
         raise InputError(
             f"{path} has an impossible length ({n_samples} samples), rate ({sample_rate} Hz) or "
-            f"gain ({gain:g})."
+            f"gain ({gain_db:g} dB)."
         )
     if int(tokens.max()) > np.iinfo(np.int32).max or int(tokens.min()) < 0:
         raise InputError(f"{path} has tokens from {tokens.min()} to {tokens.max()}; no codec has.")
-    return TokenFile(tokens.astype(np.int32), fingerprint, sample_rate, hop_length, n_samples, gain)
+    return TokenFile(
+        tokens.astype(np.int32), fingerprint, sample_rate, hop_length, n_samples, gain_db
+    )
 
 
 def read_mask(path: str | os.PathLike[str], n_codebooks: int, n_frames: int) -> np.ndarray:

@@ -10,9 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from codec_bridge import audio as bridge
+from codec_bridge.audio import Audio, apply_gain, read, write
 from codec_bridge.errors import InputError
 from vampnet_jax import devices, figures, pipeline, tokens
 from vampnet_jax.cli.progress import StageBars
@@ -67,9 +65,9 @@ class Source:
     """None: from nothing."""
     clip: tokens.TokenFile | None = None
     """Read already if it is a token file."""
-    recording: tuple[np.ndarray, int] | None = None
-    """Samples `[channels, samples]` and rate, kept if there is but one input (others are read
-    again, so that a long list does not fill the memory)."""
+    recording: Audio | None = None
+    """Kept if there is but one input; others are read again, so that a long list does not fill the
+    memory."""
 
     @property
     def stem(self) -> str:
@@ -119,13 +117,15 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
             start = time.perf_counter()
             clip = None
             if source.clip is not None:
-                clip = Clip(source.clip.tokens, source.clip.n_samples, source.clip.gain)
+                clip = Clip(source.clip.tokens, source.clip.n_samples, source.clip.gain_db)
             elif source.path is not None:
-                audio, rate = source.recording or _read_audio(source.path)
-                if len(audio) > 1 and not options.stereo:
-                    print(f"note: the {len(audio)} channels of {source.path} are mixed to mono")
+                audio = source.recording or _read_audio(source.path)
+                left = min(audio.channels, 2) if options.stereo else 1
+                if audio.channels > left:
+                    to = "stereo" if options.stereo else "mono"
+                    print(f"note: the {audio.channels} channels of {source.path} are mixed to {to}")
                 clip = pipeline.encode(
-                    model, audio, rate, stereo=options.stereo, pitch=options.pitch, on_progress=bars
+                    model, audio, stereo=options.stereo, pitch=options.pitch, on_progress=bars
                 )
             edit = job.edit
             if options.mask is not None and clip is not None:
@@ -165,7 +165,7 @@ def _write(
     if job.options.tokens:
         clip_out = tokens.TokenFile(
             made.tokens[index], model.codec.fingerprint, rate, model.codec.hop_length,
-            made.n_samples, made.gain,
+            made.n_samples, made.gain_db,
         )  # fmt: skip
         tokens.write(result, clip_out)
     else:
@@ -174,10 +174,10 @@ def _write(
             model, made, index,
             lambda stage, done, total: bars(stage, index * total + done, n * total),
         )  # fmt: skip
-        bridge.write(result, audio, rate)
-        after = audio.mean(axis=0)
+        write(result, audio)
+        after = audio.samples.mean(axis=0)
         if clip is not None and clip.audio is not None:
-            before = clip.audio.mean(axis=0) / clip.gain
+            before = apply_gain(clip.audio, -clip.gain_db)[0].samples.mean(axis=0)
     write_record(record_path, record | {"variation": index + 1})
     figures.draw_variation(
         picture,
@@ -201,9 +201,12 @@ def _record(job: Job, source: Source, model: Model, identity: dict[str, str]) ->
         return None if path is None else {"path": str(path.absolute()), "sha256": file_hash(path)}
 
     values = {name: getattr(job.options, name) for name in RECORDED} | {"seed": job.seed}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    if Path(job.options.model).is_dir():
+        values["model"] = str(resolve(job.options.model).absolute())
+    if job.options.mask is not None:
+        values["mask"] = str(job.options.mask.absolute())
     return {
-        "options": plain,
+        "options": values,
         "input": file(source.path),
         "mask": file(job.options.mask),
         "model": identity,
@@ -218,11 +221,11 @@ def _repeated(options: Options) -> tuple[Options, Record]:
     """The options of an earlier run with this one's inputs, output and device."""
     path = options.from_params
     assert path is not None
-    own = {name: getattr(options, name) for name in NOT_RECORDED}
-    if options != Options(**own):
+    own: dict[str, Any] = {name: getattr(options, name) for name in NOT_RECORDED}
+    if dataclasses.replace(options, model=Options.model) != Options(**own):
         raise InputError(
             "--from-params repeats an earlier run with all its options; only INPUT, -o, "
-            "--overwrite and --device go with it."
+            "--overwrite, --device and --model go with it."
         )
     record = read_record(path)
     if set(record.options) != set(RECORDED):
@@ -232,6 +235,8 @@ def _repeated(options: Options) -> tuple[Options, Record]:
         own["input"] = (recorded_file(path, record.input),)
     if record.mask is not None:
         recorded_file(path, record.mask)
+    if options.model != Options.model:
+        own["model"] = options.model
     return dataclasses.replace(parse(as_arguments(record.options)), **own), record
 
 
@@ -270,15 +275,18 @@ def _source(path: Path, options: Options, prompt: Prompt) -> Source:
         clip = tokens.read(path)
         prompt.check_duration(clip.n_samples / clip.sample_rate)
         return Source(path, clip)
-    audio, rate = _read_audio(path)
-    prompt.check_duration(audio.shape[-1] / rate)
-    return Source(path, recording=(audio, rate) if len(options.input) == 1 else None)
+    audio = _read_audio(path)
+    prompt.check_duration(audio.seconds)
+    return Source(path, recording=audio if len(options.input) == 1 else None)
 
 
-def _read_audio(path: Path) -> tuple[np.ndarray, int]:
-    audio, rate = bridge.read(path)
-    pipeline.check_recording(audio, rate)
-    return audio, rate
+def _read_audio(path: Path) -> Audio:
+    audio = read(path)
+    try:
+        pipeline.check_recording(audio)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return audio
 
 
 def _check_against_model(job: Job, model: Model) -> None:

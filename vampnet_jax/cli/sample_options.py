@@ -85,7 +85,8 @@ class Options:
     feedback: Annotated[int, arg(metavar="N")] = 0
     """Vamp the result N times again, with the periodic frames moved each time."""
     stereo: bool = False
-    """Keep the channels apart. Otherwise they are mixed to mono, however many there are."""
+    """Keep two channels apart; of more, the even and the odd ones are mixed. Otherwise all are
+    mixed to mono."""
     seconds: Annotated[float | None, arg(metavar="SECONDS")] = None
     """Make so much from nothing, without INPUT."""
     tokens: bool = False
@@ -101,7 +102,7 @@ class Options:
     """Where the transformers compute; auto takes a GPU or TPU if JAX finds one."""
     from_params: Annotated[Path | None, arg(metavar="FILE.json")] = None
     """Repeat an earlier run from the .json beside its result, bit for bit on the same device and
-    versions. Goes with INPUT (other audio), -o, --overwrite and --device only."""
+    versions. Goes with INPUT (other audio), -o, --overwrite, --device and --model only."""
 
     steps: Annotated[int, arg(metavar="N")] = 36
     """Decoding steps of the coarse model."""
