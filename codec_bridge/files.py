@@ -1,5 +1,6 @@
 """Codec files: our safetensors, descript-audio-codec's `.pth` and the original VampNet's `.pth`."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -87,6 +88,7 @@ def save(codec: Codec, path: str | os.PathLike[str], *, dtype: str = "float32") 
         "config": codec.config.to_json(),
         "fingerprint": identity,
     }
+    metadata["checksum"] = _checksum(metadata)
     tensors = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
     with atomic_write(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
@@ -120,7 +122,7 @@ def _read_safetensors(path: Path) -> tuple[str, CodecConfig, dict[str, np.ndarra
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path} is damaged or truncated: {error}") from error
-    if not {"kind", "config", "fingerprint", "format_version"} <= metadata.keys():
+    if not {"kind", "config", "fingerprint", "format_version", "checksum"} <= metadata.keys():
         raise InputError(f"{path} is not a codec file: its metadata has no kind and configuration")
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise InputError(
@@ -131,8 +133,10 @@ def _read_safetensors(path: Path) -> tuple[str, CodecConfig, dict[str, np.ndarra
         if str(tensor.dtype) not in STORAGE:
             raise InputError(f"{path} holds {name} as {tensor.dtype}, which is no codec weight")
         tensors[name] = tensor.astype(np.float32, copy=False)
-    if fingerprint(tensors) != metadata["fingerprint"]:
-        raise InputError(f"{path} is damaged: its weights do not match their fingerprint")
+    if _checksum(metadata) != metadata["checksum"] or (
+        fingerprint(tensors) != metadata["fingerprint"]
+    ):
+        raise InputError(f"{path} is damaged: its contents do not match their checksums")
     try:
         kwargs = json.loads(metadata["config"])
         if not isinstance(kwargs, dict):
@@ -141,6 +145,12 @@ def _read_safetensors(path: Path) -> tuple[str, CodecConfig, dict[str, np.ndarra
     except (InputError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from error
     return metadata["kind"], config, tensors
+
+
+def _checksum(metadata: dict[str, str]) -> str:
+    """SHA-256 over what the file says about its weights; the fingerprint covers them."""
+    said = [metadata[name] for name in ("format_version", "kind", "config", "fingerprint")]
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()
 
 
 def _download(name: str) -> Path:
