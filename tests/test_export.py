@@ -1,9 +1,12 @@
 """Export to the original's files: its keys, shapes, types and metadata, and nothing lost."""
 
+import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,9 @@ from codec_bridge.errors import InputError
 from vampnet_jax import cli, lora, pth, release
 from vampnet_jax.exporting import export_torch
 from vampnet_jax.importing import Source, import_model
+from vampnet_jax.training.checkpoints import Checkpoints, load_run, write_run
+from vampnet_jax.training.config import TrainConfig
+from vampnet_jax.training.step import init_state
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = ("coarse.pth", "c2f.pth", "codec.pth")
@@ -22,7 +28,7 @@ FILES = ("coarse.pth", "c2f.pth", "codec.pth")
 def make_model(directory: Path, suffix: str = "", **options) -> Path:
     import_model(
         Source(GOLDEN / f"coarse{suffix}.pth"),
-        Source(GOLDEN / f"c2f{suffix}.pth", window_seconds=3.0),
+        Source(GOLDEN / f"c2f{suffix}.pth"),
         GOLDEN / "codec.pth",
         directory,
         **options,
@@ -187,6 +193,63 @@ def test_import_and_export_from_the_command_line(tmp_path, capsys):
     assert run("export-torch", str(model), str(out)) == 0
     assert run("export-torch", str(model), str(out)) == 2
     assert run("export-torch", str(model), str(out), "--overwrite") == 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of a coarse and a fine training run, as training leaves them, and the codec."""
+    from small_codecs import random_codec
+
+    folder, codec = tmp_path_factory.mktemp("runs"), random_codec()
+    codec_bridge.save(codec, folder / "codec.safetensors")
+    config = vampnet.ModelConfig(2, 0, 1, 2, 16, codec.codebook_size)
+    for name, changes, seconds in (
+        ("coarse", {}, 4.0),
+        ("fine", {"n_codebooks": 5, "n_conditioning_codebooks": 2}, 1.5),
+    ):
+        training = TrainConfig(
+            model=dataclasses.replace(config, **changes), window_seconds=seconds, steps=1
+        )
+        codebooks = jnp.asarray(codec.codebooks[: training.model.n_codebooks])
+        (folder / name).mkdir()
+        write_run(folder / name, training, {"codec": {"fingerprint": codec.fingerprint}})
+        checkpoints = Checkpoints(folder / name, keep=1)
+        checkpoints.save(jax.jit(partial(init_state, training))(codebooks), 1.0, None)
+        checkpoints.close()
+    return {name: folder / name for name in ("coarse", "fine", "codec.safetensors")}
+
+
+def test_training_runs_become_a_model_with_their_own_windows(runs, tmp_path):
+    import_model(Source(runs["coarse"]), Source(runs["fine"]), runs["codec.safetensors"],
+                 tmp_path / "model")  # fmt: skip
+    model = vampnet.load(tmp_path / "model")
+    assert (model.coarse_window, model.fine_window) == (500, 188)  # of 125 frames per second
+    assert_same_bits(model.fine.params, load_run(runs["fine"])[0])
+    tokens = np.zeros((1, 5, 20), np.int32)
+    options = vampnet.SamplingOptions(steps=2)
+    mask = np.ones(tokens.shape, bool)
+    out = vampnet.vamp(model, tokens, mask, jax.random.key(0), coarse=options, fine=options)
+    assert out.shape == tokens.shape
+    export_torch(tmp_path / "model", tmp_path / "out")
+    params, config = vampnet.from_torch(
+        tmp_path / "out" / "c2f.pth", tmp_path / "out" / "codec.pth"
+    )
+    assert_same_bits(params, model.fine.params)
+    assert config.n_conditioning_codebooks == 2
+
+
+def test_training_runs_do_not_go_with_another_codec_or_a_lora_file(runs, tmp_path):
+    coarse, fine = Source(runs["coarse"]), Source(runs["fine"])
+    with pytest.raises(InputError, match="tokens of another codec"):
+        import_model(coarse, fine, GOLDEN / "codec.pth", tmp_path / "model")
+    tuned = Source(runs["coarse"], lora_path=GOLDEN / "coarse.pth")
+    with pytest.raises(InputError, match="is a training run"):
+        import_model(tuned, fine, runs["codec.safetensors"], tmp_path / "model")
+    with pytest.raises(InputError, match="window of 0"):
+        import_model(Source(runs["coarse"], window_seconds=0.0), fine,
+                     runs["codec.safetensors"], tmp_path / "model")  # fmt: skip
+    with pytest.raises(InputError, match="no training run"):
+        import_model(Source(tmp_path), fine, runs["codec.safetensors"], tmp_path / "model")
 
 
 def test_a_directory_that_is_no_model_is_never_replaced(tmp_path):

@@ -26,8 +26,8 @@ LICENCE_NOTE = (
     f"The weights of {REPOSITORY} are licensed {LICENCE}: name the authors, no commercial use, "
     "share changes under the same licence (https://creativecommons.org/licenses/by-nc-sa/4.0/)."
 )
-STAGES = {"coarse": ("coarse", 10.0), "fine": ("c2f", 3.0)}
-"""Stage → name of its files on the hub, and its window in seconds."""
+STAGES = {"coarse": "coarse", "fine": "c2f"}
+"""Stage → name of its files on the hub."""
 
 
 def download(
@@ -163,10 +163,10 @@ def _source(name: str, stage: str, files: _Files) -> "Source":
     from codec_bridge.pth import read_pth
     from vampnet_jax.importing import Source
 
-    stem, window = STAGES[stage]
+    stem = STAGES[stage]
     fine_tune = name.partition(":")[2]
     if not fine_tune:
-        return Source(files.fetch(f"{stem}.pth"), window_seconds=window)
+        return Source(files.fetch(f"{stem}.pth"))
     names = {match[1] for file in files.on_hub if (match := re.match("loras/([^/]+)/", file))}
     if fine_tune not in names:
         raise InputError(
@@ -177,9 +177,9 @@ def _source(name: str, stage: str, files: _Files) -> "Source":
         if file in files.on_hub:
             path = files.fetch(file)
             if "kwargs" in read_pth(path)["metadata"]:  # all weights, not adapters alone
-                return Source(path, window_seconds=window)
-            return Source(files.fetch(f"{stem}.pth"), path, window)
-    return Source(files.fetch(f"{stem}.pth"), window_seconds=window)
+                return Source(path)
+            return Source(files.fetch(f"{stem}.pth"), path)
+    return Source(files.fetch(f"{stem}.pth"))
 
 
 def _explained(error: Exception, what: str) -> Exception:

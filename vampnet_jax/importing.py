@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,9 @@ import numpy as np
 import codec_bridge
 from codec_bridge.errors import InputError
 from vampnet_jax import pth, release
-from vampnet_jax.config import ModelConfig
+
+WINDOW_SECONDS = {"coarse": 10.0, "fine": 3.0}
+"""What the original's models read at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Source:
     """A `.pth` of the original VampNet, or the folder of a training run."""
     lora_path: Path | None = None
     """A fine-tune's `lora.pth`, whose adapters replace the checkpoint's own."""
-    window_seconds: float = 10.0
-    """What the model reads at once; the original's coarse model 10 s, its fine model 3 s."""
+    window_seconds: float | None = None
+    """What the model reads at once; if not given, that of the training run, or the original's 10 s
+    (coarse) and 3 s (fine)."""
 
 
 def import_model(
@@ -62,12 +64,12 @@ def import_model(
         raise InputError(f"{directory} exists; choose another name or overwrite it.")
     codec = codec_bridge.load(codec_path)
     stages, windows, adapters = [], [], {}
-    for stage_name, source in (("coarse", coarse), ("fine", fine)):
-        checkpoint = _read(source, np.asarray(codec.codebooks), keep_lora)
+    for stage, source in (("coarse", coarse), ("fine", fine)):
+        checkpoint, seconds = _read(source, codec, keep_lora)
         stages.append(release.Stage(checkpoint.params, checkpoint.config))
-        windows.append(_frames(source.window_seconds, codec))
+        windows.append(_frames(WINDOW_SECONDS[stage] if seconds is None else seconds, codec))
         if checkpoint.adapters is not None:
-            adapters[stage_name] = (checkpoint.adapters, checkpoint.lora_config)
+            adapters[stage] = (checkpoint.adapters, checkpoint.lora_config)
     if card is None:
         card = _card(name if name != "unnamed" else directory.name, coarse, fine, Path(codec_path))
     model = release.Model(stages[0], stages[1], codec, windows[0], windows[1], name, card)
@@ -80,24 +82,28 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(source: Source, codebooks: np.ndarray, keep_lora: bool) -> pth.Checkpoint:
+def _read(
+    source: Source, codec: codec_bridge.Codec, keep_lora: bool
+) -> tuple[pth.Checkpoint, float | None]:
+    """A stage, and its window in seconds where that is given or known."""
     if not source.path.is_dir():
-        return pth.read(source.path, codebooks, lora_path=source.lora_path, keep_lora=keep_lora)
+        codebooks = np.asarray(codec.codebooks)
+        checkpoint = pth.read(
+            source.path, codebooks, lora_path=source.lora_path, keep_lora=keep_lora
+        )
+        return checkpoint, source.window_seconds
     if source.lora_path is not None:
         raise InputError(f"{source.path} is a training run; a lora.pth goes with a .pth file.")
-    from vampnet_jax.training.checkpoints import load_run
+    from vampnet_jax.training.checkpoints import load_run, read_run
 
+    training, facts = read_run(source.path)
+    if facts.get("codec", {}).get("fingerprint") != codec.fingerprint:
+        raise InputError(
+            f"{source.path} was trained on the tokens of another codec; give that one."
+        )
     params, config = load_run(source.path)
-    _check_codebooks(params, config, codebooks, source.path)
-    return pth.Checkpoint(dict(params), config)
-
-
-def _check_codebooks(
-    params: Mapping, config: ModelConfig, codebooks: np.ndarray, path: Path
-) -> None:
-    trained = np.asarray(params["embedding"]["codebooks"])
-    if not np.array_equal(trained, codebooks[: config.n_codebooks]):
-        raise InputError(f"{path} was trained on the tokens of another codec; give that one.")
+    seconds = training.window_seconds if source.window_seconds is None else source.window_seconds
+    return pth.Checkpoint(dict(params), config), seconds
 
 
 def _frames(seconds: float, codec: codec_bridge.Codec) -> int:

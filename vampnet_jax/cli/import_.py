@@ -28,10 +28,10 @@ class ImportOptions:
     """A fine-tune's lora.pth for the fine model."""
     keep_lora: bool = False
     """Keep LoRA adapters in files of their own instead of merging them into the weights."""
-    coarse_window: float = 10.0
-    """Seconds that the coarse model reads at once."""
-    fine_window: float = 3.0
-    """Seconds that the fine model reads at once."""
+    coarse_window: float | None = None
+    """Seconds that the coarse model reads at once; its training run's, or 10, if left out."""
+    fine_window: float | None = None
+    """Seconds that the fine model reads at once; its training run's, or 3, if left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How weights are stored; bfloat16 halves the files and rounds the weights."""
     name: str | None = None
