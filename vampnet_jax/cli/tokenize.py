@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from tyro.conf import Positional, arg
 
 from codec_bridge.errors import InputError
 
@@ -21,7 +22,7 @@ class TokenizeOptions:
     Run it again to continue, or to add files: what is there and has not changed is left alone.
     """
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="AUDIO... OUT")]
+    paths: Annotated[tuple[Path, ...], Positional, arg(metavar="AUDIO... OUT")]
     """Audio files and folders, and last the folder to write."""
     model: str = "tiny"
     """The model whose codec makes the tokens."""
@@ -31,13 +32,13 @@ class TokenizeOptions:
     """What these files are for (without any split, training holds out one track in twenty)."""
     split_file: Path | None = None
     """JSON that lists the names of tracks by split; files that it does not name are left out."""
-    workers: int = max(1, (os.cpu_count() or 2) // 2)
-    """Processes that encode."""
+    workers: int = min(8, os.cpu_count() or 1)
+    """Processes that encode; each takes about 1.5 GB of memory."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = tyro.cli(TokenizeOptions, prog="vampnet tokenize", args=argv, use_underscores=False)
+    options = tyro.cli(TokenizeOptions, prog="vampnet tokenize", args=argv)
     if len(options.paths) < 2:
         raise InputError("Give audio files or folders, then the folder to write.")
     if options.workers < 1:

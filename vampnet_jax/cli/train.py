@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from codec_bridge.errors import InputError
 
@@ -37,7 +38,7 @@ class TrainOptions:
 
     out: Path
     """Folder of the run: configuration, checkpoints, logs."""
-    data: Annotated[Path | None, tyro.conf.Positional] = None
+    data: Annotated[Path | None, Positional, arg(metavar="TOKENS")] = None
     """Folder of tokens (with --resume: that of the run unless given)."""
     stage: Literal["coarse", "fine"] | None = None
     """Coarse predicts the first codebooks, fine the rest (default: what the preset is for)."""
@@ -83,7 +84,7 @@ class TrainOptions:
     """Width of the transformer."""
     dropout: float | None = None
     """Share of activations dropped."""
-    remat: bool | None = None
+    remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What matrix products compute in."""
@@ -106,12 +107,18 @@ NOT_SETTINGS = {"out", "data", "stage", "preset", "resume"}
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = tyro.cli(TrainOptions, prog="vampnet train", args=argv, use_underscores=False)
+    options = tyro.cli(
+        TrainOptions,
+        prog="vampnet train",
+        args=argv,
+        config=(FlagCreatePairsOff,),
+    )
     settings = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
         if field.name not in NOT_SETTINGS
     }
+    settings["remat"] = options.remat or None  # not given: as the preset or the run has it
     try:
         from vampnet_jax.training import loop
     except ImportError as error:

@@ -227,6 +227,8 @@ def tokenise(
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}.") from error
     with _alone(parts):
+        for unfinished in parts.glob(".*"):  # of a run that was killed
+            unfinished.unlink()
         codebooks = np.asarray(codec.codebooks)
         del codec
         known = {track.name: track for track in manifest.tracks}
@@ -325,6 +327,7 @@ def _encode_all(
 ) -> dict[str, str]:
     """Write the part of every file; returns why some could not be."""
     skipped: dict[str, str] = {}
+    todo = sorted(todo, key=lambda pair: -pair[0].stamp()[0])  # no long one left for the end
     workers = min(workers, len(todo))
     threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang
@@ -356,6 +359,7 @@ def _start_worker(load_codec: Callable[[], Encoder], read: Read, threads: int) -
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads leave the core to other workers
     jax.config.update("jax_platforms", "cpu")
     _worker = (load_codec(), read)
 
