@@ -124,6 +124,18 @@ def test_metadata_that_changes_the_model_is_refused(checkpoint, write, name, val
         pth.read(write(checkpoint), CODEBOOKS)
 
 
+def test_messages_stay_one_sentence_whatever_the_file_says(checkpoint, write):
+    checkpoint["state_dict"]["line\n\x1b[2J" + "x" * 1000] = torch.zeros(1)
+    with pytest.raises(InputError) as error:
+        pth.read(write(checkpoint), CODEBOOKS)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+    checkpoint["metadata"]["kwargs"]["cond_dim"] = torch.zeros(9, 9)
+    with pytest.raises(InputError) as error:
+        pth.read(write(checkpoint), CODEBOOKS)
+    assert str(error.value).isprintable()
+
+
 def test_other_unknown_metadata_is_ignored(checkpoint, write):
     plain = pth.read(write(checkpoint), CODEBOOKS)
     checkpoint["metadata"]["kwargs"]["colour"] = "blue"

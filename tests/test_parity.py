@@ -56,30 +56,36 @@ def relative_error(logits: jax.Array, reference: np.ndarray, config: ModelConfig
     return np.abs(np.asarray(logits) - theirs).max() / np.abs(theirs).max()
 
 
-def test_position_bias_is_the_originals(name, imported, vectors):
+def test_position_bias_is_the_originals(name, imported, vectors, record_property):
     params, config = imported
     reference = vectors[f"{name}_position_bias"]
     ours = model.position_bias(params, reference.shape[-1], config)
+    record_property("error", float(np.abs(ours - reference).max()))
     np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-6)
 
 
-def test_embedded_latents_are_the_originals(name, imported, vectors):
+def test_embedded_latents_are_the_originals(name, imported, vectors, record_property):
     params, config = imported
     ours = model.latents(params, masked_tokens(vectors, name, config), config)  # [B, C, T, d]
     ours = np.asarray(ours).transpose(0, 1, 3, 2).reshape(vectors[f"{name}_latents"].shape)
+    record_property("error", float(np.abs(ours - vectors[f"{name}_latents"]).max()))
     np.testing.assert_allclose(ours, vectors[f"{name}_latents"], rtol=0, atol=1e-6)
 
 
-def test_logits_are_the_originals(name, imported, vectors):
+def test_logits_are_the_originals(name, imported, vectors, record_property):
     params, config = imported
     logits = vampnet.apply(params, masked_tokens(vectors, name, config), config)
-    assert relative_error(logits, vectors[f"{name}_logits"], config) < 1e-5
+    error = relative_error(logits, vectors[f"{name}_logits"], config)
+    record_property("error", float(error))
+    assert error < 1e-5
 
 
-def test_logits_of_a_fine_tune_are_the_originals(name, vectors):
+def test_logits_of_a_fine_tune_are_the_originals(name, vectors, record_property):
     params, config = vampnet.from_torch(GOLDEN / f"{name}_lora_finetuned.pth", CODEC)
     logits = vampnet.apply(params, masked_tokens(vectors, name, config), config)
-    assert relative_error(logits, vectors[f"{name}_lora_logits"], config) < 1e-5
+    error = relative_error(logits, vectors[f"{name}_lora_logits"], config)
+    record_property("error", float(error))
+    assert error < 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 4, 12])
@@ -96,11 +102,14 @@ def test_a_saved_and_reloaded_model_decodes_the_same(name, reloaded, vectors, st
     np.testing.assert_array_equal(decoded, vectors[f"{name}_decoded_{steps}_steps"])
 
 
-def test_the_reloaded_codec_gives_the_originals_tokens_and_audio(reloaded, vectors):
+def test_the_reloaded_codec_gives_the_originals_tokens_and_audio(
+    reloaded, vectors, record_property
+):
     audio = jnp.asarray(vectors["codec_audio"][:, 0])
     codes = reloaded.codec.encode(audio)
     np.testing.assert_array_equal(codes, vectors["codec_codes"])
     decoded = reloaded.codec.decode(jnp.asarray(vectors["codec_codes"], jnp.int32))
+    record_property("error", float(np.abs(decoded - vectors["codec_decoded"][:, 0]).max()))
     np.testing.assert_allclose(decoded, vectors["codec_decoded"][:, 0], rtol=0, atol=1e-5)
 
 

@@ -207,7 +207,7 @@ def _config(kwargs: Mapping, n_keys: int, path: Path) -> ModelConfig:
         value = kwargs.get(name, ours)
         if type(value) is not type(ours) or value != ours:
             raise InputError(
-                f"{path} has {name} {str(value)[:80]} in its metadata, a model that this "
+                f"{path} has {name} {_shown(value)} in its metadata, a model that this "
                 f"implementation does not have (only {name} {ours!r})."
             )
     sizes: dict[str, Any] = {}
@@ -215,7 +215,7 @@ def _config(kwargs: Mapping, n_keys: int, path: Path) -> ModelConfig:
         sizes[name] = kwargs.get(name)
         if type(sizes[name]) is not int or not 0 <= sizes[name] <= _MAX_SIZE:
             raise InputError(
-                f"{path} has {name} {str(sizes[name])[:80]} in its metadata; it must be a whole "
+                f"{path} has {name} {_shown(sizes[name])} in its metadata; it must be a whole "
                 f"number up to {_MAX_SIZE}."
             )
     if sizes["n_layers"] > n_keys:
@@ -240,7 +240,7 @@ def _check(state: Mapping, expected: Mapping[str, tuple[int, ...]], path: Path) 
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise InputError(
                 f"{path} does not fit a VampNet of the sizes in its metadata: {what} "
-                f"{', '.join(keys[:3])}{more}."
+                f"{', '.join(map(_shown, keys[:3]))}{more}."
             )
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
@@ -301,6 +301,12 @@ def _numpy(tensor: "torch.Tensor", key: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise InputError(f"The checkpoint's {key} holds NaN or infinite values; fetch it again.")
     return array
+
+
+def _shown(value: object) -> str:
+    """What a file says, fit for a message."""
+    text = " ".join(str(value).split())
+    return "".join(c if c.isprintable() else "?" for c in text[:80])
 
 
 def _rank(state: Mapping) -> int | None:
