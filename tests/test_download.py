@@ -169,6 +169,12 @@ def test_a_converted_model_that_was_altered_is_noticed(hub):
     assert download.download("official") == directory
 
 
+def test_a_cache_folder_that_cannot_be_made_is_reported(hub, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="cannot be made"):
+        download.download("official")
+
+
 def test_a_damaged_record_is_reported(hub):
     directory = download.download("official")
     (directory.parent / "downloads.json").write_text("{")

@@ -253,6 +253,9 @@ def _read_record() -> dict[str, Any]:
 
 def _write_record(record: Mapping[str, Any]) -> None:
     path = _record_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made: {error.strerror or error}.") from None
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
