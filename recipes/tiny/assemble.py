@@ -1,7 +1,8 @@
 """Put codec, coarse and fine model together as a model directory.
 
-Reads the training runs, and `MODEL_CARD.md`, `COPYING` and the example clip where --out has them
-already. All weights are rounded to bfloat16; of the models, the averaged ones are taken.
+Reads the training runs; `MODEL_CARD.md` and the licences in --out are kept, and the example clip is
+cut from a score of the test split. All weights are rounded to bfloat16; of the models, the
+averaged ones are taken.
 """
 
 import argparse
@@ -9,11 +10,28 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import pyloudnorm
+import soundfile
+
 import codec_bridge
+from codec_bridge.atomic import atomic_write
 from vampnet_jax.release import Model, Stage, load, save
 from vampnet_jax.training.checkpoints import load_run, read_run
 
 FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")
+
+
+def cut_example(source: Path, target: Path, seconds: float = 10.0) -> None:
+    """The first seconds of a track, faded out at the end, at -20 LUFS."""
+    audio, rate = soundfile.read(source, dtype="float32")
+    audio = audio[: int(seconds * rate)]
+    fade = int(0.05 * rate)
+    audio[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+    gain = 10 ** ((-20 - pyloudnorm.Meter(rate).integrated_loudness(audio)) / 20)
+    audio *= min(gain, 0.95 / np.abs(audio).max())
+    with atomic_write(target) as path:
+        soundfile.write(path, audio, rate, subtype="PCM_16")
 
 
 def main() -> None:
@@ -24,23 +42,29 @@ def main() -> None:
     parser.add_argument("--coarse", type=Path, default=Path("runs/coarse"))
     parser.add_argument("--fine", type=Path, default=Path("runs/fine"))
     parser.add_argument("--out", type=Path, default=Path("vampnet_jax/models/tiny"))
+    parser.add_argument("--music", type=Path, default=Path("data/music"))
+    parser.add_argument("--example", default="scores/mozart-k545--movement1_exposition")
     parser.add_argument("--name", default="tiny")
     a = parser.parse_args()
     codec = codec_bridge.load(a.codec)
-    windows, stages = [], []
     for run in (a.coarse, a.fine):
-        config, facts = read_run(run)
-        if facts["codec"]["fingerprint"] != codec.fingerprint:
+        if read_run(run)[1]["codec"]["fingerprint"] != codec.fingerprint:
             sys.exit(f"{run} was trained on tokens of another codec than {a.codec}")
-        windows.append(round(config.window_seconds * codec.sample_rate / codec.hop_length))
-        stages.append(Stage(*load_run(run)))
-    model = Model(*stages, codec, *windows, name=a.name)
+    model = Model(
+        coarse=Stage(*load_run(a.coarse)),
+        fine=Stage(*load_run(a.fine)),
+        codec=codec,
+        coarse_window=round(read_run(a.coarse)[0].window_seconds * codec.frame_rate),
+        fine_window=round(read_run(a.fine)[0].window_seconds * codec.frame_rate),
+        name=a.name,
+    )
     a.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=a.out.parent) as folder:
         save(model, Path(folder) / "model", dtype="bfloat16")
         for name in FILES:
             (Path(folder) / "model" / name).replace(a.out / name)
-    load(a.out)
+    model = load(a.out)
+    cut_example(a.music / f"{a.example}.wav", a.out / "example.flac")
     total = sum(file.stat().st_size for file in a.out.iterdir())
     print(f"{a.out}: {total / 2**20:.1f} MiB, codec {codec.fingerprint[:12]}")
 

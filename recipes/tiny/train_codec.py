@@ -1,11 +1,12 @@
 """Train tiny's codec: a small descript-audio-codec DAC at 24 kHz, 50 frames/s, 8 codebooks.
 
-Losses: multi-scale mel distance, codebook and commitment losses, as in "High-Fidelity Audio
-Compression with Improved RVQGAN" (Kumar et al., 2023), without its discriminators. Codes that
-fall out of use are re-seeded from current encoder outputs, without which most of a codebook
-stays unused. Progress, learning rate and the end follow --steps or --minutes of training time
-(summed over resumed runs), whichever comes first. Run again with the same --out to resume.
-Finished, it writes the averaged weights, rounded to bfloat16, as codec.safetensors.
+Losses: multi-scale mel distance and commitment, as in "High-Fidelity Audio Compression with
+Improved RVQGAN" (Kumar et al., 2023), without its discriminators; the codes are running means of
+encoder outputs. Codes that fall out of use are re-seeded, without which most stay unused.
+
+Progress, learning rate and the end follow --steps or --minutes of training time (summed over
+resumed runs), whichever comes first. Run again with the same --out to resume. Finished, it
+writes the averaged weights, rounded to bfloat16, as codec.safetensors.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +42,7 @@ CONFIG = {
     "sample_rate": SAMPLE_RATE,
 }
 SCALES = [(64, 10), (128, 20), (256, 40), (512, 80), (1024, 150), (2048, 320)]  # window, mels
+COMMITMENT = 0.05  # weight of the commitment loss beside the mel distance
 
 
 class Snake(torch.autograd.Function):
@@ -87,6 +90,9 @@ class Excerpts:
         for row, i in enumerate(rng.choice(len(self.files), n, p=self.weights)):
             start = int(rng.integers(0, max(1, self.lengths[i] - samples)))
             excerpt, _ = soundfile.read(self.files[i], samples, start, dtype="float32")
+            if np.abs(excerpt).max(initial=0) < 1e-3:  # silence teaches nothing: once more
+                start = int(rng.integers(0, max(1, self.lengths[i] - samples)))
+                excerpt, _ = soundfile.read(self.files[i], samples, start, dtype="float32")
             gain = self.gains[i] * 10 ** (np.clip(rng.normal(0, spread), -12, 9) / 20)
             excerpt *= min(gain, 1 / max(float(np.abs(excerpt).max()), 1e-4))
             out[row, : len(excerpt)] = excerpt * (rng.integers(0, 2) * 2 - 1)
@@ -123,45 +129,105 @@ class MelDistance(nn.Module):
         return total
 
 
-class CodeUse:
-    """Running usage of every code; re-seeds the dead ones from current encoder outputs."""
+@torch.no_grad()
+def scale_layers(model: nn.Module, audio: torch.Tensor) -> None:
+    """Start from layers whose outputs have unit variance on music, and quantisers that quantise.
 
-    def __init__(self, codebooks: int, size: int, decay: float = 0.995):
-        self.share = torch.full((codebooks, size), 1 / size)
+    PyTorch's initial weights make the latents a thousand times smaller than the codes. So every
+    convolution is scaled (LSUV, Mishkin and Matas, 2016), and every quantiser begins with the
+    principal components of what the ones before it leave over, and codes drawn from them.
+    """
+
+    def unit(target: float) -> Callable:
+        def scale(layer: nn.Module, _: object, out: torch.Tensor) -> torch.Tensor:
+            factor = target / out.std()
+            layer.weight_g.mul_(factor)
+            layer.bias.mul_(factor)
+            return out * factor
+
+        return scale
+
+    handles = []
+    for part in (model.encoder, model.decoder):
+        layers = [m for m in part.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
+        ends = {unit.block[-1] for unit in part.modules() if type(unit).__name__ == "ResidualUnit"}
+        for layer in layers:
+            target = 0.5 if layer in ends else 1.0  # a residual unit adds little at first
+            if part is model.decoder and layer is layers[-1]:
+                target = float(audio.std())
+            handles.append(layer.register_forward_hook(unit(target)))
+    z = model.encoder(audio)
+    rest = z.transpose(1, 2).reshape(-1, z.shape[1])
+    quantised = torch.zeros_like(rest)
+    for quantizer in model.quantizer.quantizers:
+        mean = rest.mean(0)
+        _, vectors = torch.linalg.eigh((rest - mean).T @ (rest - mean))
+        basis = vectors[:, -quantizer.codebook_dim :]  # [D, d]
+        scale = 1 / ((rest - mean) @ basis).std()
+        for layer, matrix in (
+            (quantizer.in_proj, basis.T * scale),
+            (quantizer.out_proj, basis / scale),
+        ):
+            layer.weight_v.copy_(matrix[..., None])
+            layer.weight_g.copy_(matrix.norm(dim=1)[:, None, None])
+        quantizer.in_proj.bias.copy_(-scale * (basis.T @ mean))
+        quantizer.out_proj.bias.copy_(mean)
+        latents = scale * (rest - mean) @ basis
+        codes = latents[torch.randperm(len(latents))[: quantizer.codebook_size]]
+        quantizer.codebook.weight[: len(codes)] = codes
+        chosen = quantizer.decode_latents(latents.T[None])[0][0].T
+        step = chosen @ basis.T / scale + mean
+        rest, quantised = rest - step, quantised + step
+    model.decoder(quantised.reshape(len(z), -1, z.shape[1]).transpose(1, 2))
+    for handle in handles:
+        handle.remove()
+
+
+class Codebooks:
+    """Codes are running means of the encoder outputs that they stand for, as in SoundStream.
+
+    (Learnt by gradient, they cannot keep up with the encoder in a run of some thousand steps.)
+    Dead codes are re-seeded from recent encoder outputs.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.98):
+        self.codes = [q.codebook.weight.requires_grad_(False) for q in model.quantizer.quantizers]
+        self.uses = torch.zeros(len(self.codes), len(self.codes[0]))  # running mean per step
+        self.sums = torch.zeros(len(self.codes), *self.codes[0].shape)
         self.decay = decay
-        self.recent: list[list[torch.Tensor]] = [[] for _ in range(codebooks)]
-
-    def update(self, codes: torch.Tensor, latents: torch.Tensor) -> None:
-        """codes [B, C, T], latents [B, C·d, T] (before quantisation)."""
-        size = self.share.shape[1]
-        for c, z in enumerate(latents.detach().float().chunk(len(self.share), dim=1)):
-            counts = torch.bincount(codes[:, c].reshape(-1), minlength=size).float()
-            self.share[c].lerp_(counts / counts.sum(), 1 - self.decay)
-            self.recent[c] = [*self.recent[c][-19:], z.transpose(1, 2).reshape(-1, z.shape[1])]
-
-    def perplexity(self) -> torch.Tensor:
-        p = self.share / self.share.sum(1, keepdim=True)
-        return torch.exp(-(p * (p + 1e-10).log()).sum(1))
+        self.recent: list[list[torch.Tensor]] = [[] for _ in self.codes]
 
     @torch.no_grad()
-    def reseed(self, model: nn.Module, ema: dict, optimizer, generator, threshold=0.03) -> int:
+    def update(self, tokens: torch.Tensor, latents: torch.Tensor) -> None:
+        """tokens [B, C, T], latents [B, C·d, T] (before quantisation)."""
+        for c, z in enumerate(latents.chunk(len(self.codes), dim=1)):
+            z = z.transpose(1, 2).reshape(-1, z.shape[1])
+            chosen = tokens[:, c].reshape(-1)
+            self.uses[c] *= self.decay
+            self.sums[c] *= self.decay
+            self.uses[c].index_add_(0, chosen, torch.full((len(z),), 1 - self.decay))
+            self.sums[c].index_add_(0, chosen, z * (1 - self.decay))
+            used = self.uses[c] > 1e-4
+            self.codes[c][used] = self.sums[c][used] / self.uses[c][used, None]
+            self.recent[c] = [*self.recent[c][-19:], z]
+
+    @torch.no_grad()
+    def reseed(self, generator: torch.Generator, threshold: float = 0.03) -> int:
         """Replace the codes used less than `threshold` of the uniform share."""
-        size, total = self.share.shape[1], 0
-        for c, quantizer in enumerate(model.quantizer.quantizers):
+        total = 0
+        for c, codes in enumerate(self.codes):
             pool = torch.cat(self.recent[c])
-            dead = (self.share[c] < threshold / size).nonzero()[:, 0][: len(pool)]
-            if not len(dead):
-                continue
-            rows = pool[torch.randperm(len(pool), generator=generator)[: len(dead)]]
-            weight = quantizer.codebook.weight
-            weight[dead] = rows
-            ema[f"quantizer.quantizers.{c}.codebook.weight"][dead] = rows
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in optimizer.state.get(weight, {}):
-                    optimizer.state[weight][moment][dead] = 0
-            self.share[c, dead] = 1 / size
+            uniform = self.uses[c].sum() / len(codes)
+            dead = (self.uses[c] < threshold * uniform).nonzero()[:, 0][: len(pool)]
+            codes[dead] = pool[torch.randperm(len(pool), generator=generator)[: len(dead)]]
+            self.uses[c, dead] = 0.2 * uniform  # some time to come into use
+            self.sums[c, dead] = codes[dead] * self.uses[c, dead, None]
             total += len(dead)
         return total
+
+    def perplexity(self) -> torch.Tensor:
+        p = self.uses / self.uses.sum(1, keepdim=True)
+        return torch.exp(-(p * (p + 1e-10).log()).sum(1))
 
 
 def forward(model: nn.Module, audio: torch.Tensor, bfloat16: bool):
@@ -178,9 +244,9 @@ def backward(model: nn.Module, audio: torch.Tensor, loss_of: MelDistance, bfloat
     """Set the gradients of one part of the batch → codes, latents, mel distance, commitment."""
     torch.set_num_threads(1)
     model.zero_grad(set_to_none=True)
-    out, codes, latents, commitment, codebook = forward(model, audio, bfloat16)
+    out, codes, latents, commitment, _ = forward(model, audio, bfloat16)
     mel = loss_of(out, audio)
-    (mel + (codebook + 0.25 * commitment) / 15).backward()
+    (mel + COMMITMENT * commitment).backward()
     return codes, latents.detach(), mel.item(), commitment.item()
 
 
@@ -221,8 +287,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2, help="threads; divides the batch")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of an excerpt")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--clip", type=float, default=5.0, help="largest gradient norm")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--clip", type=float, default=20.0, help="largest gradient norm")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=5, help="minutes")
@@ -240,11 +306,11 @@ def main() -> None:
     sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
     torch.manual_seed(a.seed)
     model = dac.DAC(**CONFIG).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=a.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-    )
+    scale_layers(model, train.draw(np.random.default_rng(0), 48, 12_000, 4.0))
+    books = Codebooks(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=a.learning_rate, betas=(0.8, 0.99), weight_decay=0.01)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
-    use = CodeUse(CONFIG["n_codebooks"], CONFIG["codebook_size"])
     # Threads that each run whole layers on their part of the batch: on a machine shared with
     # others this loses far less than splitting every operation between the cores.
     replicas = [model, *(dac.DAC(**CONFIG).train() for _ in range(a.workers - 1))]
@@ -256,11 +322,13 @@ def main() -> None:
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, use.share, step, spent = state["ema"], state["use"], state["step"], state["spent"]
+        ema, step, spent = state["ema"], state["step"], state["spent"]
+        books.uses, books.sums = state["uses"], state["sums"]
         print(f"resumed at step {step}, after {spent / 60:.1f} minutes", flush=True)
     for replica in replicas[1:]:
         for parameter, own in zip(replica.parameters(), model.parameters(), strict=True):
             parameter.data = own.data
+            parameter.requires_grad_(own.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {len(train.names)} training tracks", flush=True)
 
@@ -269,7 +337,13 @@ def main() -> None:
 
     def checkpoint_now() -> None:
         state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-        state |= {"use": use.share, "step": step, "spent": spent, "config": CONFIG}
+        state |= {
+            "uses": books.uses,
+            "sums": books.sums,
+            "step": step,
+            "spent": spent,
+            "config": CONFIG,
+        }
         save(checkpoint, state)
 
     saved = validated = spent
@@ -279,7 +353,7 @@ def main() -> None:
         started = time.monotonic()
         rng = np.random.default_rng((a.seed, step))
         torch.manual_seed(a.seed * 1_000_003 + step)
-        rate = a.learning_rate * min(1, (step + 1) / 150) * (1 + math.cos(math.pi * progress())) / 2
+        rate = a.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * progress())) / 2
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-6)
         audio = train.draw(rng, a.batch, samples, 4.0).chunk(a.workers)
@@ -289,26 +363,27 @@ def main() -> None:
         codes, latents = (torch.cat([r[i] for r in results]) for i in (0, 1))
         mel, commitment = (float(np.mean([r[i] for r in results])) for i in (2, 3))
         for parameter, *others in zip(*(m.parameters() for m in replicas), strict=True):
+            if not parameter.requires_grad:
+                continue
             for other in others:
                 parameter.grad += other.grad
             parameter.grad /= a.workers
-        norm = nn.utils.clip_grad_norm_(model.parameters(), a.clip)
+        norm = nn.utils.clip_grad_norm_(trained, a.clip)
         if torch.isfinite(norm):
             optimizer.step()
         decay = min(0.998, (1 + step) / (20 + step))
         with torch.no_grad():
             for key, value in model.state_dict().items():
                 ema[key].lerp_(value, 1 - decay)
-        use.update(codes, latents)
-        if step % 25 == 24 and progress() < 0.7:
-            generator = torch.Generator().manual_seed(step)
-            sums[4] += use.reseed(model, ema, optimizer, generator)
+        books.update(codes, latents)
+        if (step == 9 or step % 25 == 24) and progress() < 0.7:
+            sums[4] += books.reseed(torch.Generator().manual_seed(step))
         sums[:4] += [mel, commitment, float(norm), 1]
         step += 1
         spent += time.monotonic() - started
         if step % 50 == 0:
             n = sums[3]
-            perplexity = " ".join(f"{p:.0f}" for p in use.perplexity())
+            perplexity = " ".join(f"{p:.0f}" for p in books.perplexity())
             means = f"mel {sums[0] / n:.4f} commit {sums[1] / n:.3f} norm {sums[2] / n:.2f}"
             rest = f"reseeded {sums[4]:.0f} lr {rate:.1e} perplexity {perplexity}"
             print(f"step {step} minute {spent / 60:.1f} {means} {rest}", flush=True)
