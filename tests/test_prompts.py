@@ -179,6 +179,8 @@ def test_beat_presets_follow_the_beat_and_the_default_exists():
         ({"prefix": -0.5}, "--prefix is -0.5"),
         ({"suffix": float("inf")}, "--suffix is inf"),
         ({"beat_every": 0}, "--beat-every is 0"),
+        ({"beat_every": 2}, "need --beat"),
+        ({"width": 3, "onset": 1}, "need --periodic"),
         ({"regions": ((4.0, 2.5),)}, "region 4:2.5 ends before it starts"),
         ({"regions": ((-1.0, 2.5),)}, "region -1:2.5"),
         ({"regions": ((float("nan"), 2.5),)}, "region nan:2.5"),

@@ -217,7 +217,7 @@ def generate(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n_variations))
     both = jax.vmap(jax.random.split)(keys)
     prompt_keys, vamp_keys = both[:, 0], both[:, 1]
-    masks_of_pass = jax.jit(jax.vmap(mask_of_variation, (0, None)), static_argnums=1)
+    masks_of_pass = jax.vmap(mask_of_variation, (0, None))
 
     start = np.repeat(clip.tokens, edit.stretch, axis=-1)
     start = np.pad(start, [(0, 0), (0, 0), (0, n_new)])

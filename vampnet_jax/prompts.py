@@ -73,6 +73,14 @@ class Prompt:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise InputError(f"{_option(name)} is {value}; it must be from 0 to 1.")
+        if not self.periodic and (self.width != 1 or self.offset is not None):
+            raise InputError("--width and --offset need --periodic, whose frames they change.")
+        if not self.follows_beats and (
+            self.beat_downbeats or self.beat_every != 1 or self.beat_dropout
+        ):
+            raise InputError(
+                "--beat-downbeats, --beat-every and --beat-dropout need --beat or --beat-before."
+            )
         for start, stop in self.regions:
             if not (start >= 0 and math.isfinite(stop)):
                 raise InputError(f"region {start:g}:{stop:g} must lie at 0 seconds or later.")

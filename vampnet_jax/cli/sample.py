@@ -5,6 +5,7 @@ written into a hidden folder beside its destination and moved there when a varia
 """
 
 import dataclasses
+import functools
 import secrets
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ from vampnet_jax.prompts import Prompt
 from vampnet_jax.release import Model, load, resolve
 from vampnet_jax.sampling import SamplingOptions
 
+say = functools.partial(print, flush=True)
 FROM_NOTHING = "from-nothing"
 """Stem of the files that are made without an input."""
 
@@ -111,7 +113,7 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
             "made with; give the same model to repeat it."
         )
     _check_against_model(job, model)
-    print(f"seed {job.seed}, model {model.name}, prompt {job.prompt.describe()}")
+    say(f"seed {job.seed}, model {model.name}, prompt {job.prompt.describe()}")
     with StageBars() as bars:
         for source in job.sources:
             start = time.perf_counter()
@@ -123,7 +125,7 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
                 left = min(audio.channels, 2) if options.stereo else 1
                 if audio.channels > left:
                     to = "stereo" if options.stereo else "mono"
-                    print(f"note: the {audio.channels} channels of {source.path} are mixed to {to}")
+                    say(f"note: the {audio.channels} channels of {source.path} are mixed to {to}")
                 clip = pipeline.encode(
                     model, audio, stereo=options.stereo, pitch=options.pitch, on_progress=bars
                 )
@@ -136,14 +138,14 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
                 coarse=job.coarse, fine=job.fine, edit=edit, on_progress=bars,
             )  # fmt: skip
             for sort in made.unheard:
-                print(
+                say(
                     f"note: no {sort} found in {source.path}; that part of the prompt keeps nothing"
                 )
             content = _record(job, source, model, identity)
             for index in range(options.num_samples):
                 _write(job, source, model, clip, made, index, content, results, bars)
             seconds = options.num_samples * made.n_samples / model.codec.sample_rate
-            print(f"{seconds:.1f} s of music in {time.perf_counter() - start:.1f} s")
+            say(f"{seconds:.1f} s of music in {time.perf_counter() - start:.1f} s")
 
 
 def _write(
@@ -191,7 +193,7 @@ def _write(
         sample_rate=rate,
     )
     results.commit(names)
-    print(results.folder / names[-1])
+    say(results.folder / names[-1])
 
 
 def _record(job: Job, source: Source, model: Model, identity: dict[str, str]) -> dict[str, Any]:
