@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vampnet_jax as vampnet
 from codec_bridge import InputError
@@ -16,6 +18,7 @@ from vampnet_jax.cli import run as run_command
 from vampnet_jax.cli.train import main as train
 from vampnet_jax.training.checkpoints import Checkpoints, load_run, read_run
 from vampnet_jax.training.excerpts import RandomExcerpts, choose_tracks, fixed_excerpts
+from vampnet_jax.training.log import RunLog
 from vampnet_jax.training.tokens import (
     RECORD_FRAMES,
     CodecInfo,
@@ -123,6 +126,21 @@ def test_an_epoch_visits_every_part_of_every_track_once(tokens):
         np.testing.assert_allclose(starts, (np.arange(places) + 0.5) * room / places, atol=21)
 
 
+def test_one_track_as_long_as_one_window_is_enough(tmp_path):
+    write_folder(tmp_path / "tokens", [20], splits=False)
+    manifest = read_manifest(tmp_path / "tokens")
+    excerpts = RandomExcerpts(
+        TrackReader(tmp_path / "tokens", manifest, choose_tracks(manifest, "train")),
+        3,
+        20,
+        -30.0,
+        0,
+    )
+    batches = excerpts.batches(2)
+    for _ in range(3):
+        assert (next(batches)[:, 0] == np.arange(20) % 16).all()
+
+
 def test_quiet_excerpts_are_drawn_again_and_silence_ends_after_eight_times(tmp_path):
     write_folder(tmp_path / "tokens", [400], splits=False, quiet=300)
     manifest = read_manifest(tmp_path / "tokens")
@@ -210,7 +228,10 @@ def test_a_run_leaves_its_settings_log_checkpoints_and_usable_weights(whole_run,
     lines = log(whole_run)
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8]
     assert [line["step"] for line in lines if "validation/log_loss" in line] == [4, 8]
-    assert list((whole_run / "tensorboard").iterdir())
+    events = EventAccumulator(str(whole_run / "tensorboard"))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("train/loss")]
+    assert shown == pytest.approx([line["train/loss"] for line in lines if "train/loss" in line])
     params, model = load_run(whole_run)
     np.testing.assert_array_equal(
         params["embedding"]["codebooks"], read_codebooks(tokens, CODEC)[:2]
@@ -239,6 +260,28 @@ def test_a_stopped_and_resumed_run_ends_with_the_weights_of_one_that_never_stopp
         line for line in old if line["step"] == 8
     ]
     assert [line["step"] for line in new if "train/loss" in line] == [2, 4, 6, 8]
+
+
+def test_sigterm_saves_and_stops_and_the_run_can_be_resumed(
+    whole_run, tokens, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    show = RunLog.show
+
+    def show_and_be_told_to_stop(self, step, metrics, done):
+        show(self, step, metrics, done)
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "show", show_and_be_told_to_stop)
+        assert train([str(tokens), "--out", str(run), "--steps=8", *SMALL]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert Checkpoints(run, keep=2).steps == [2]
+    assert train(["--out", str(run), "--resume"]) == 0
+    jax.tree.map(
+        np.testing.assert_array_equal, load_run(whole_run, step=8)[0], load_run(run, step=8)[0]
+    )
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(tokens, tmp_path):
