@@ -126,7 +126,9 @@ def write(
     rates = _RATES.get(encoding)
     if rates and audio.rate not in rates:
         audio = resample(audio, min((r for r in rates if r > audio.rate), default=rates[-1]))
-    samples = audio.samples if encoding == "FLOAT" else np.clip(audio.samples, -1.0, 1.0)
+    samples = np.asarray(audio.samples, np.float32)  # a JAX array is welcome, too
+    if encoding != "FLOAT":
+        samples = np.clip(samples, -1.0, 1.0)
     with atomic_write(path, overwrite=overwrite) as temporary:
         try:
             with soundfile.SoundFile(
