@@ -119,6 +119,13 @@ def test_channels_stay_apart_only_if_asked_for(model):
     assert vamp(model, music(), stereo=True, **options).shape == (1, 1, 2560)
 
 
+@pytest.mark.parametrize("rate", [8000, 11_025, 44_100])
+@pytest.mark.parametrize("n_samples", [5120, 5121, 7777])
+def test_frames_of_a_recording_are_known_beforehand(model, rate, n_samples):
+    clip = pipeline.encode(model, Audio(np.zeros((1, n_samples), np.float32), rate))
+    assert clip.tokens.shape[-1] == pipeline.frames_of_recording(model, n_samples, rate)
+
+
 @pytest.mark.parametrize("level", [0.01, 0.1])
 def test_loudness_of_the_input_comes_back(model, level):
     audio = music(0.64, level=level)

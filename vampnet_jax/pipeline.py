@@ -275,6 +275,12 @@ def check_recording(audio: Audio) -> None:
         raise InputError("the audio has samples that are not finite (NaN or infinity).")
 
 
+def frames_of_recording(model: Model, n_samples: int, sample_rate: int) -> int:
+    """T, frames that `encode` will make of a recording of this length."""
+    resampled = math.floor(n_samples * model.codec.sample_rate / sample_rate + 0.5)
+    return -(-resampled // model.codec.hop_length)
+
+
 def n_codebooks(model: Model) -> int:
     """C, codebooks that the two models speak together."""
     return model.fine.config.n_codebooks

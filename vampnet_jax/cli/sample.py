@@ -67,6 +67,8 @@ class Source:
     """None: from nothing."""
     clip: tokens.TokenFile | None = None
     """Read already if it is a token file."""
+    length: tuple[int, int] = (0, 1)
+    """Samples and sampling rate."""
     recording: Audio | None = None
     """Kept if there is but one input; others are read again, so that a long list does not fill the
     memory."""
@@ -276,10 +278,11 @@ def _source(path: Path, options: Options, prompt: Prompt) -> Source:
             raise InputError(f"--pitch needs audio, and {path} holds tokens.")
         clip = tokens.read(path)
         prompt.check_duration(clip.n_samples / clip.sample_rate)
-        return Source(path, clip)
+        return Source(path, clip, (clip.n_samples, clip.sample_rate))
     audio = _read_audio(path)
     prompt.check_duration(audio.seconds)
-    return Source(path, recording=audio if len(options.input) == 1 else None)
+    length = (audio.samples.shape[1], audio.rate)
+    return Source(path, None, length, audio if len(options.input) == 1 else None)
 
 
 def _read_audio(path: Path) -> Audio:
@@ -297,6 +300,9 @@ def _check_against_model(job: Job, model: Model) -> None:
     for source in job.sources:
         if source.clip is not None and source.path is not None:
             source.clip.check(source.path, model.codec, n_codebooks)
+        if job.options.mask is not None:
+            n_frames = pipeline.frames_of_recording(model, *source.length)
+            tokens.read_mask(job.options.mask, n_codebooks, n_frames)
     for name in ("keep_codebooks", "upper_codebooks"):
         value = getattr(job.options, name)
         if value is not None and value > n_codebooks:
