@@ -75,6 +75,17 @@ def test_an_existing_directory_is_replaced_only_when_asked(model, saved):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["model"]
 
 
+def test_an_empty_directory_is_filled_and_a_foreign_one_left_alone(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    vampnet.save(model, tmp_path / "empty")
+    assert vampnet.load(tmp_path / "empty").name == "random"
+    (tmp_path / "songs").mkdir()
+    (tmp_path / "songs" / "mine.wav").touch()
+    with pytest.raises(InputError, match="is no model directory"):
+        vampnet.save(model, tmp_path / "songs", overwrite=True)
+    assert (tmp_path / "songs" / "mine.wav").exists()
+
+
 def test_a_save_that_fails_leaves_what_was_there(model, saved, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")

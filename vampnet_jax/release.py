@@ -146,7 +146,7 @@ def save(
 
     Args:
       dtype: bfloat16 halves the files and rounds the parameters.
-      overwrite: replace an existing directory.
+      overwrite: replace an existing model directory (an empty directory is always filled).
       adapters: LoRA adapters of the stages "coarse" and "fine" that are not merged into the
         model's parameters; they are kept in files of their own and merged when it is loaded.
 
@@ -154,9 +154,10 @@ def save(
       InputError: the directory exists and overwrite is False, or cannot be written.
     """
     directory = Path(directory)
-    if directory.exists() and not overwrite:
+    empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not (overwrite or empty):
         raise InputError(f"{directory} exists; choose another name or overwrite it.")
-    if directory.exists() and not (directory / "config.json").is_file():
+    if directory.exists() and not (empty or (directory / "config.json").is_file()):
         # Whatever it is, it is not ours to delete.
         raise InputError(f"{directory} exists and is no model directory; choose another name.")
     staging = None
