@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -250,6 +251,12 @@ def test_training_runs_do_not_go_with_another_codec_or_a_lora_file(runs, tmp_pat
                      runs["codec.safetensors"], tmp_path / "model")  # fmt: skip
     with pytest.raises(InputError, match="no training run"):
         import_model(Source(tmp_path), fine, runs["codec.safetensors"], tmp_path / "model")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such permissions")
+def test_a_model_directory_can_be_read_by_others(kept):
+    for path in (kept, *kept.iterdir()):
+        assert path.stat().st_mode & 0o044 == 0o044, path.name
 
 
 def test_a_directory_that_is_no_model_is_never_replaced(tmp_path):

@@ -220,8 +220,8 @@ def _save_stage(stage: Stage, path: Path, dtype: str) -> None:
     from safetensors.numpy import save_file
 
     flat = flatten_dict(stage.params, sep="/")
-    path.touch()  # safetensors makes new files unreadable for others
     save_file({name: np.asarray(x, jnp.dtype(dtype)) for name, x in flat.items()}, path)
+    path.chmod(0o644)  # safetensors makes files that others cannot read
 
 
 def _load_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage:
