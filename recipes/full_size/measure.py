@@ -116,7 +116,9 @@ def run(what: str, command: list[str]) -> None:
     process = subprocess.Popen(command, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    print(f"{what}: {seconds:.1f} s, peak {usage.ru_maxrss * 1024 / 1e9:.2f} GB", flush=True)
+    busy = usage.ru_utime + usage.ru_stime
+    gigabytes = usage.ru_maxrss * 1024 / 1e9
+    print(f"{what}: {seconds:.1f} s ({busy:.1f} s of CPU), peak {gigabytes:.2f} GB", flush=True)
     if status:
         sys.exit(f"{what} failed")
 
