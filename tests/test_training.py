@@ -262,3 +262,16 @@ def test_the_step_gives_the_same_on_two_devices_with_the_batch_sharded():
     assert float(metrics["loss"]) == pytest.approx(float(sharded["loss"]), rel=1e-5)
     np.testing.assert_allclose(one.params["norm"], two.params["norm"], atol=1e-5)
     assert with_codebooks(two.params, two.codebooks)["head"]["kernel"].shape == (16, 3, 32)
+
+
+def test_training_starts_from_the_frequencies_of_tokens():
+    run = config()
+    counts = 1 + np.arange(codebooks().shape[0] * run.model.vocab_size, dtype=np.float32)
+    frequencies = counts.reshape(codebooks().shape[0], -1)
+    frequencies /= frequencies.sum(axis=1, keepdims=True)
+    state = init_state(run, codebooks(), jnp.asarray(frequencies))
+    tokens = jnp.full((1, run.model.n_codebooks, 4), run.model.mask_token)
+    predicted = jax.nn.softmax(vampnet.apply(model_params(state), tokens, run.model))
+    given = run.model.n_conditioning_codebooks
+    wanted = np.broadcast_to(frequencies[given : run.model.n_codebooks, None], predicted.shape[1:])
+    np.testing.assert_allclose(predicted[0], wanted, rtol=1e-4)

@@ -95,10 +95,12 @@ def train(config: TrainConfig, data: TrainingData, run: Path, console: Console) 
         )
 
     # --- state
+    frequencies = token_frequencies(data.train)
     checkpoints = Checkpoints(run, config.keep)
     restored = checkpoints.restore(config)
     if restored is None:
-        state = jax.jit(init_state, static_argnums=0)(config, jnp.asarray(data.codebooks))
+        start = jax.jit(init_state, static_argnums=0)
+        state = start(config, jnp.asarray(data.codebooks), jnp.asarray(frequencies, jnp.float32))
         seconds_before = 0.0
     else:
         state, seconds_before = restored
@@ -111,7 +113,7 @@ def train(config: TrainConfig, data: TrainingData, run: Path, console: Console) 
     batches.set_state({"next_index": int(state.step)})
     with RunLog(run, console, int(state.step)) as log, _stop_signals() as stop:
         if validation:
-            unigram = validation.score_unigram(token_frequencies(data.train))
+            unigram = validation.score_unigram(frequencies)
             log.write(trainer.step, {f"unigram/{k}": v for k, v in unigram.items()})
             log.say(f"to beat: {unigram['log_loss']:.3f} nats, from token frequencies alone")
         try:

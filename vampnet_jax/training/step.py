@@ -46,11 +46,24 @@ def without_codebooks(params: Params) -> Params:
     return params | {"embedding": embedding}
 
 
-def init_state(config: TrainConfig, codebooks: jax.Array) -> TrainState:
-    """The state before the first step; codebooks are `[≥C, V, d]`."""
+def init_state(
+    config: TrainConfig, codebooks: jax.Array, frequencies: jax.Array | None = None
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      config: all settings.
+      codebooks: float32 `[≥C, V, d]`.
+      frequencies: how often each token occurs, `[≥C, V]`. With them the untrained model predicts
+        just these, so that no steps are spent on learning them.
+    """
     params = init(jax.random.key(config.seed), config.model, codebooks)
     used = params["embedding"]["codebooks"]
     params = without_codebooks(params)
+    if frequencies is not None:
+        given, n = config.model.n_conditioning_codebooks, config.model.n_codebooks
+        kernel = jnp.zeros_like(params["head"]["kernel"])
+        params["head"] = {"kernel": kernel, "bias": jnp.log(frequencies[given:n])}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
