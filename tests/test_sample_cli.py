@@ -230,7 +230,8 @@ def test_a_failure_leaves_everything_as_it_was(sample, folder, monkeypatch, with
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_stops_at_once_and_leaves_nothing(folder, tmp_path):
+@pytest.mark.parametrize("reason", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_at_once_and_leaves_nothing(folder, tmp_path, reason):
     command = [sys.executable, str(ROOT / "sample.py"), "--seconds", "600", "--steps", "100000"]
     command += ["--model", str(folder / "model"), "-o", "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -239,7 +240,7 @@ def test_ctrl_c_stops_at_once_and_leaves_nothing(folder, tmp_path):
         time.sleep(1.0)
         assert files(tmp_path / "out")  # the hidden folder for unfinished results
         start = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(reason)
         _, err = process.communicate(timeout=60)
         assert time.monotonic() - start < 5  # what it had begun would take hours
     assert process.returncode == 130

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -98,7 +99,7 @@ class Results:
 
 
 def run_interruptibly(work: Callable[[], None], clean_up: Callable[[], None]) -> None:
-    """Run work such that Ctrl-C ends the process at once.
+    """Run work such that Ctrl-C, or a request to terminate, ends the process at once.
 
     A computation inside JAX or PyTorch does not return to Python before it is done. It therefore
     runs in a second thread, and on Ctrl-C the first one cleans up and leaves without waiting.
@@ -112,6 +113,7 @@ def run_interruptibly(work: Callable[[], None], clean_up: Callable[[], None]) ->
             errors.append(error)
 
     thread = threading.Thread(target=target, daemon=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     thread.start()
     try:
         while thread.is_alive():
@@ -121,6 +123,8 @@ def run_interruptibly(work: Callable[[], None], clean_up: Callable[[], None]) ->
         Console(stderr=True).show_cursor()  # a progress bar hides it
         print("\ninterrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if errors:
         raise errors[0]
 
