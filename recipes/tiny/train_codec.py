@@ -1,8 +1,9 @@
 """Train tiny's codec: a small descript-audio-codec DAC at 24 kHz, 50 frames/s, 8 codebooks.
 
-Losses: multi-scale mel distance and commitment, as in "High-Fidelity Audio Compression with
-Improved RVQGAN" (Kumar et al., 2023), without its discriminators; the codes are running means of
-encoder outputs. Codes that fall out of use are re-seeded, without which most stay unused.
+Losses: waveform error, and multi-scale mel distance and commitment as in "High-Fidelity Audio
+Compression with Improved RVQGAN" (Kumar et al., 2023), without its discriminators; the codes
+are running means of encoder outputs. Codes that fall out of use are re-seeded, without which
+most stay unused.
 
 Progress, learning rate and the end follow --steps or --minutes of training time (summed over
 resumed runs), whichever comes first. Run again with the same --out to resume. Finished, it
@@ -42,6 +43,7 @@ CONFIG = {
     "sample_rate": SAMPLE_RATE,
 }
 SCALES = [(64, 10), (128, 20), (256, 40), (512, 80), (1024, 150), (2048, 320)]  # window, mels
+WAVE = 5.0  # weight of the waveform error: for long, mel distance alone gives noise without pitch
 COMMITMENT = 0.05  # weight of the commitment loss beside the mel distance
 
 
@@ -246,8 +248,15 @@ def backward(model: nn.Module, audio: torch.Tensor, loss_of: MelDistance, bfloat
     model.zero_grad(set_to_none=True)
     out, codes, latents, commitment, _ = forward(model, audio, bfloat16)
     mel = loss_of(out, audio)
-    (mel + COMMITMENT * commitment).backward()
-    return codes, latents.detach(), mel.item(), commitment.item()
+    wave = wave_error(out, audio)
+    (mel + WAVE * wave + COMMITMENT * commitment).backward()
+    return codes, latents.detach(), mel.item(), wave.item(), commitment.item()
+
+
+def wave_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Energy of the error over that of `y`, treble lifted; 1 is what silence gets."""
+    x, y = (a[..., 1:] - 0.8 * a[..., :-1] for a in (x, y))
+    return ((x - y).square().mean((1, 2)) / (y.square().mean((1, 2)) + 1e-6)).mean()
 
 
 @torch.no_grad()
@@ -282,12 +291,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/music"))
     parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
     parser.add_argument("--out", type=Path, default=Path("runs/codec"))
-    parser.add_argument("--minutes", type=float, default=75, help="training time, all runs")
+    parser.add_argument("--minutes", type=float, default=60, help="training time, all runs")
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2, help="threads; divides the batch")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of an excerpt")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-4)
     parser.add_argument("--clip", type=float, default=20.0, help="largest gradient norm")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
     parser.add_argument("--seed", type=int, default=0)
@@ -347,7 +356,7 @@ def main() -> None:
         save(checkpoint, state)
 
     saved = validated = spent
-    sums = np.zeros(5)
+    sums = np.zeros(6)
     samples = int(a.seconds * SAMPLE_RATE) // 480 * 480
     while progress() < 1:
         started = time.monotonic()
@@ -361,7 +370,7 @@ def main() -> None:
             pool.map(lambda m, x: backward(m, x, loss_of, not a.float32), replicas, audio)
         )
         codes, latents = (torch.cat([r[i] for r in results]) for i in (0, 1))
-        mel, commitment = (float(np.mean([r[i] for r in results])) for i in (2, 3))
+        mel, wave, commitment = (float(np.mean([r[i] for r in results])) for i in (2, 3, 4))
         for parameter, *others in zip(*(m.parameters() for m in replicas), strict=True):
             if not parameter.requires_grad:
                 continue
@@ -377,15 +386,16 @@ def main() -> None:
                 ema[key].lerp_(value, 1 - decay)
         books.update(codes, latents)
         if (step == 9 or step % 25 == 24) and progress() < 0.7:
-            sums[4] += books.reseed(torch.Generator().manual_seed(step))
-        sums[:4] += [mel, commitment, float(norm), 1]
+            sums[5] += books.reseed(torch.Generator().manual_seed(step))
+        sums[:5] += [mel, commitment, float(norm), 1, wave]
         step += 1
         spent += time.monotonic() - started
         if step % 50 == 0:
             n = sums[3]
             perplexity = " ".join(f"{p:.0f}" for p in books.perplexity())
-            means = f"mel {sums[0] / n:.4f} commit {sums[1] / n:.3f} norm {sums[2] / n:.2f}"
-            rest = f"reseeded {sums[4]:.0f} lr {rate:.1e} perplexity {perplexity}"
+            means = f"mel {sums[0] / n:.4f} wave {sums[4] / n:.3f}"
+            means += f" commit {sums[1] / n:.3f} norm {sums[2] / n:.2f}"
+            rest = f"reseeded {sums[5]:.0f} lr {rate:.1e} perplexity {perplexity}"
             print(f"step {step} minute {spent / 60:.1f} {means} {rest}", flush=True)
             sums[:] = 0
         if spent - saved > 60 * a.save_every:
