@@ -38,6 +38,7 @@ def init(key: jax.Array, config: ModelConfig, codebooks: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(VampNet(config, used, nnx.Rngs(params=key))))
 
 
+@functools.partial(jax.jit, static_argnames="config")  # a scan outside jit compiles at every call
 def apply(
     params: Params,
     tokens: jax.Array,

@@ -4,8 +4,6 @@ Letters in shapes and einsums: B batch, T frames (queries t, keys s), C codebook
 V codes, d latent width, D width, H heads, K width of a head, F hidden width of the feed-forward.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,6 +198,6 @@ class VampNet(nnx.Module):
             return nnx.merge(graphdef, params)(x, bias, config, key), None
 
         if config.remat:
-            step = functools.partial(jax.checkpoint, prevent_cse=False)(step)
+            step = jax.checkpoint(step, prevent_cse=False)
         x, _ = lax.scan(step, x, (stacked, keys))
         return self.head(rms_norm(x, self.norm[...]))
