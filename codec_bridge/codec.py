@@ -214,8 +214,8 @@ class Codec:
         seconds = self.chunk_seconds if chunk_seconds is None else _positive(chunk_seconds)
         limit = max(1, int(seconds * self.frame_rate))
         rows_at_once = max(1, limit // frames)
-        # TF32 would flip tokens whose margin is small.
-        exact = torch.backends.cudnn.flags(allow_tf32=False)
+        # TF32 would flip tokens whose margin is small. Left out, `enabled` is False.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.inference_mode(), exact:
             for row in range(0, rows, rows_at_once):
                 some = slice(row, min(row + rows_at_once, rows))
