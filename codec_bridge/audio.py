@@ -144,11 +144,6 @@ def write(
             ) from error
 
 
-def check_writable_format(path: str | os.PathLike[str]) -> None:
-    """Raise InputError, before any work is done, if `write` does not know the extension."""
-    _format(Path(path))
-
-
 def resample(audio: Audio, rate: int) -> Audio:
     """Convert to another sampling rate (soxr, high quality); n becomes about n · rate / old."""
     if not MIN_RATE <= rate <= MAX_RATE:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
@@ -13,7 +13,7 @@ from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, preset
 from vampnet_jax.sampling import SamplingOptions
 
 Off = Literal["off", "None"]
-OFF = ("off", "None")
+OFF = get_args(Off)
 MAX_SECONDS = 3600
 """Longest music from nothing."""
 KEEPING = {
