@@ -170,6 +170,16 @@ def test_arrays_pass_between_torch_and_jax_without_copies():
     assert _to_torch(samples).data_ptr() == samples.ctypes.data
 
 
+def test_cudnn_stays_on_and_computes_in_full_float32(small_codec):
+    seen = []
+
+    def look(*_):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+
+    small_codec.decode(small_codec.encode(noise(1, 640), progress=look), progress=look)
+    assert seen == [(True, False)] * 2
+
+
 def test_audio_may_be_numpy_or_jax_of_any_float_type(small_codec):
     audio = noise(1, 640)
     tokens = small_codec.encode(audio)

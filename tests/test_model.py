@@ -120,6 +120,13 @@ def test_dropout_under_jit_uses_the_key_it_is_given(params, tokens):
     assert (compiled(jax.random.key(0)) != compiled(jax.random.key(1))).any()
 
 
+def test_calling_it_again_compiles_nothing(params, tokens):
+    vampnet.apply(params, tokens, CONFIG)
+    size = vampnet.apply._cache_size()
+    vampnet.apply(params, tokens + 1, CONFIG)
+    assert vampnet.apply._cache_size() == size > 0
+
+
 def test_works_under_vmap(params, tokens):
     got = jax.vmap(lambda t: vampnet.apply(params, t[None], CONFIG)[0])(tokens)
     np.testing.assert_allclose(got, vampnet.apply(params, tokens, CONFIG), atol=1e-5)
