@@ -60,8 +60,7 @@ def import_model(
         the directory exists.
     """
     directory = Path(directory)
-    if directory.exists() and not overwrite:  # said before the work, not after
-        raise InputError(f"{directory} exists; choose another name or overwrite it.")
+    release.check_free(directory, overwrite=overwrite)
     codec = codec_bridge.load(codec_path)
     stages, windows, adapters = [], [], {}
     for stage, source in (("coarse", coarse), ("fine", fine)):

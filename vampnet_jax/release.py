@@ -154,12 +154,7 @@ def save(
       InputError: the directory exists and overwrite is False, or cannot be written.
     """
     directory = Path(directory)
-    empty = directory.is_dir() and not any(directory.iterdir())
-    if directory.exists() and not (overwrite or empty):
-        raise InputError(f"{directory} exists; choose another name or overwrite it.")
-    if directory.exists() and not (empty or (directory / "config.json").is_file()):
-        # Whatever it is, it is not ours to delete.
-        raise InputError(f"{directory} exists and is no model directory; choose another name.")
+    check_free(directory, overwrite=overwrite)
     staging = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +175,17 @@ def save(
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_free(directory: Path, *, overwrite: bool) -> None:
+    """Raise InputError, before any work is done, if `save` would refuse the directory."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{directory} exists; choose another name or overwrite it.")
+    if not (directory / "config.json").is_file():
+        # Whatever it is, it is not ours to delete.
+        raise InputError(f"{directory} exists and is no model directory; choose another name.")
 
 
 def _write(
