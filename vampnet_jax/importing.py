@@ -12,6 +12,7 @@ import numpy as np
 import codec_bridge
 from codec_bridge.errors import InputError
 from vampnet_jax import pth, release
+from vampnet_jax.prompts import frames
 
 WINDOW_SECONDS = {"coarse": 10.0, "fine": 3.0}
 """What the original's models read at once."""
@@ -108,7 +109,7 @@ def _read(
 def _frames(seconds: float, codec: codec_bridge.Codec) -> int:
     if not 0 < seconds < math.inf:
         raise InputError(f"A window of {seconds} s is impossible; give a positive length.")
-    return math.ceil(seconds * codec.sample_rate / codec.hop_length)
+    return frames(seconds, codec.frame_rate)
 
 
 def _card(name: str, coarse: Source, fine: Source, codec_path: Path) -> str:
