@@ -123,10 +123,10 @@ def find_audio(paths: Sequence[Path]) -> list[AudioFile]:
         for file, relative in pairs:
             if len(relative.parts) == 1:
                 relative = top / relative
-            audio = AudioFile(file, relative.with_suffix("").as_posix(), relative.parts[0])
-            if found.setdefault(audio.name, audio).path.resolve() != file.resolve():
+            track = AudioFile(file, relative.with_suffix("").as_posix(), relative.parts[0])
+            if found.setdefault(track.name, track).path.resolve() != file.resolve():
                 raise InputError(
-                    f"{found[audio.name].path} and {file} would both be track {audio.name!r}; "
+                    f"{found[track.name].path} and {file} would both be track {track.name!r}; "
                     "rename one or tokenise them into separate folders."
                 )
     if not found:
