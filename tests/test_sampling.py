@@ -233,7 +233,7 @@ def test_works_under_jit_and_vmap():
     [
         {"steps": 0}, {"temperature": -1}, {"temperature": 0}, {"temperature": float("nan")},
         {"mask_temperature": -0.1}, {"top_k": 0}, {"top_p": -0.5}, {"typical_mass": -1},
-        {"sample_cutoff": -1}, {"typical_min_tokens": 0},
+        {"sample_cutoff": -1}, {"typical_min_tokens": 0}, {"steps": 2.5}, {"top_k": float("inf")},
     ],
     ids=str,
 )  # fmt: skip

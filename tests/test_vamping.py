@@ -108,8 +108,17 @@ def test_how_many_windows_run_at_once_does_not_matter(small, monkeypatch):
     tokens = music(60, batch=3)
     mask = jnp.ones(tokens.shape, bool)
     want = vampnet.vamp(small, tokens, mask, jax.random.key(0), **OPTIONS)
+    rows = []
+    original = vamping.generate
+
+    def spy(params, tokens, *rest):
+        rows.append(len(tokens))
+        return original(params, tokens, *rest)
+
     monkeypatch.setattr(vamping, "MAX_ROWS", 2)
+    monkeypatch.setattr(vamping, "generate", spy)
     got = vampnet.vamp(small, tokens, mask, jax.random.key(0), **OPTIONS)
+    assert max(rows) == 2
     np.testing.assert_array_equal(got, want)
 
 

@@ -99,7 +99,7 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
         raise InputError(f"the codec in {directory} is not the one that its models speak.")
     try:
         card = (directory / CARD).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (OSError, UnicodeDecodeError):  # a model works without
         card = ""
     return Model(
         coarse=_load_stage(directory, "coarse", description),
@@ -290,7 +290,7 @@ def read_description(directory: Path) -> dict[str, Any]:
             window = description[name]["window"]
             if not isinstance(window, int) or window < 1:
                 raise TypeError(f"{name}.window is {window!r}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} does not describe a model ({error}).") from None

@@ -57,15 +57,14 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         # Under jit the fields are tracers, which have no values to check.
-        limits = {
-            "steps": (1, np.inf), "mask_temperature": (0, np.inf), "sample_cutoff": (0, np.inf),
-            "top_k": (1, np.inf), "top_p": (0, np.inf), "typical_mass": (0, np.inf),
-            "typical_min_tokens": (1, np.inf),
-        }  # fmt: skip
-        for name, (low, high) in limits.items():
+        for name in ("steps", "top_k", "typical_min_tokens"):
             value = getattr(self, name)
-            if isinstance(value, int | float) and not low <= value < high:
-                raise InputError(f"{name} is {value}; it must be at least {low}.")
+            if isinstance(value, int | float) and not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{name} is {value}; it must be a whole number of at least 1.")
+        for name in ("mask_temperature", "sample_cutoff", "top_p", "typical_mass"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not 0 <= value < np.inf:
+                raise InputError(f"{name} is {value}; it must be a number of at least 0.")
         if isinstance(self.temperature, int | float) and not 0 < self.temperature < np.inf:
             raise InputError(
                 f"temperature is {self.temperature}; it must be above 0 (for the likeliest token "

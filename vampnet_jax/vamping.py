@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vampnet_jax.release import Model, Stage
 
 MAX_ROWS = 16
-"""Fine windows decoded at once; bounds memory."""
+"""Windows decoded at once; bounds memory."""
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all) after each step of the work."""
@@ -131,10 +131,9 @@ def _fill(
     n_examples = len(tokens)
     for starts in passes:
         rows = [(example, start) for start in starts for example in range(n_examples)]
-        batch = n_examples if len(starts) == 1 else MAX_ROWS
-        for first in range(0, len(rows), batch):
-            group = rows[first : first + batch]
-            # A few batch sizes mean a few compiled programs, whatever the length of the piece.
+        for first in range(0, len(rows), MAX_ROWS):
+            group = rows[first : first + MAX_ROWS]
+            # Of several windows, a few batch sizes mean a few programs for pieces of any length.
             size = len(group) if len(starts) == 1 else _next_power_of_two(len(group))
             _fill_group(stage, tokens, mask, keys, options, group, size, window)
             report((first + len(group)) // n_examples - first // n_examples)
