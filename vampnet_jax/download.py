@@ -69,7 +69,8 @@ def download(
         _verify(directory, converted["files"])
         say(f"{name} is already here: {directory}")
         return directory
-    commit, on_hub = _list(revision or record["commit"] or BRANCH)
+    wanted = revision or record["commit"] or BRANCH
+    commit, on_hub = _list(wanted)
     files = _Files(commit, on_hub, record["files"].get(commit, {}))
     stages = {stage: _source(name, stage, files) for stage in STAGES}
     codec = files.fetch("codec.pth")
@@ -84,7 +85,7 @@ def download(
         stages["coarse"], stages["fine"], codec, directory, name=name, card=card, overwrite=True
     )
     made = {path.name: sha256(path) for path in sorted(directory.iterdir())}
-    record["models"][name] = {"revision": revision or BRANCH, "commit": commit, "files": made}
+    record["models"][name] = {"revision": wanted, "commit": commit, "files": made}
     _write_record(record)
     return directory
 

@@ -63,16 +63,16 @@ class Checkpoints:
     """The checkpoints of a run: the newest `keep` and the one with the best validation loss."""
 
     def __init__(self, run: Path, keep: int) -> None:
+        def goodness(metrics: Mapping[str, float]) -> float:
+            return -metrics[LOSS]
+
         policies = [
             LatestN(n=keep),
-            BestN(
-                get_metric_fn=lambda metrics: -metrics[LOSS],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
+            BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False),
         ]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=goodness,  # without it Orbax does not write the metrics down
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
