@@ -102,6 +102,8 @@ def test_example_n_is_the_same_whatever_ran_before_and_however_examples_are_batc
     excerpts = RandomExcerpts(reader(tokens), 2, 20, -30.0, seed=3)
     by_four = excerpts.batches(4)
     first = np.concatenate([next(by_four) for _ in range(6)])
+    alone = excerpts.batches(1)
+    np.testing.assert_array_equal(next(alone)[0], next(excerpts.batches(4))[0])
     by_three = excerpts.batches(3)
     np.testing.assert_array_equal(np.concatenate([next(by_three) for _ in range(8)]), first)
     by_four.set_state({"next_index": 2})

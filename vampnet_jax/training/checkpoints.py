@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -76,6 +77,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
+        absl.logging.set_verbosity(absl.logging.ERROR)  # a warning for each save without a loss
         self._manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
 
     @property

@@ -19,6 +19,8 @@ MAX_REDRAWS = 8
 """How often a quiet excerpt is drawn again; the last one is taken as it is."""
 HELD_OUT = 0.05
 """Share of tracks held out for validation where the folder has no splits."""
+ENDLESS = 2**60
+"""Examples in all epochs together: without a limit Grain's count overflows in batches of one."""
 
 
 def choose_tracks(manifest: Manifest, split: str) -> list[Track]:
@@ -113,7 +115,7 @@ class RandomExcerpts:
         examples = (
             grain.MapDataset.range(self.places)
             .shuffle(seed=self.seed % 2**32)
-            .repeat()
+            .repeat(ENDLESS // self.places)
             .map_with_index(self.draw)
             .batch(batch_size)
         )
