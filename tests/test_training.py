@@ -122,7 +122,7 @@ def test_training_learns_a_pattern_and_never_touches_the_codebooks():
     assert np.mean([m["log_loss"] for m in history[-10:]]) < 1
     assert np.mean([m["top1/r>=0.5"] for m in history[-10:]]) > 0.8
     np.testing.assert_array_equal(state.codebooks, codebooks())
-    np.testing.assert_array_equal(model_params(state)["embedding"]["codebooks"], codebooks())
+    np.testing.assert_array_equal(model_params(state, run)["embedding"]["codebooks"], codebooks())
     assert "codebooks" not in state.params["embedding"]
 
 
@@ -271,7 +271,7 @@ def test_training_starts_from_the_frequencies_of_tokens():
     frequencies /= frequencies.sum(axis=1, keepdims=True)
     state = init_state(run, codebooks(), jnp.asarray(frequencies))
     tokens = jnp.full((1, run.model.n_codebooks, 4), run.model.mask_token)
-    predicted = jax.nn.softmax(vampnet.apply(model_params(state), tokens, run.model))
+    predicted = jax.nn.softmax(vampnet.apply(model_params(state, run), tokens, run.model))
     given = run.model.n_conditioning_codebooks
     wanted = np.broadcast_to(frequencies[given : run.model.n_codebooks, None], predicted.shape[1:])
     np.testing.assert_allclose(predicted[0], wanted, rtol=1e-4)

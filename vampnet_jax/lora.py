@@ -104,6 +104,19 @@ def merge(params: dict, adapters: Adapters, lora: LoraConfig) -> dict:
     return {**params, "blocks": blocks}
 
 
+def attach(params: dict, adapters: Adapters, lora: LoraConfig) -> dict:
+    """Parameters with the adapters beside them, for `vampnet_jax.apply` to add as it goes.
+
+    The same function as with `merge`, but no weight is copied, and its gradient by the adapters
+    needs none by the weights: this is how adapters are trained.
+
+    Returns:
+      `params` with one more entry, `adapters`: the given ones, `lora.scale` multiplied into B.
+    """
+    scaled = {name: pair | {"b": lora.scale * pair["b"]} for name, pair in adapters.items()}
+    return {**params, "adapters": scaled}
+
+
 def save(path: str | os.PathLike, adapters: Adapters, lora: LoraConfig) -> None:
     """Write adapters and their configuration as one safetensors file, replacing it atomically."""
     from safetensors.numpy import save_file

@@ -49,7 +49,7 @@ def apply(
     """Logits of every predicted token (VampNet, section 3).
 
     Args:
-      params: as `init` returns.
+      params: as `init` returns, perhaps with LoRA adapters that `vampnet_jax.lora.attach` added.
       tokens: int32 `[B, C, T]`, ids 0 … V−1, or V for MASK.
       config: the model's dimensions.
       dropout_key: switches dropout on (training).
@@ -73,18 +73,23 @@ def frame_major_logits(
 
     `bias` is what `position_bias` returns, for callers that use it more than once.
     """
-    module = nnx.merge(_graphdef(config), params)
-    return module(tokens, config, bias, dropout_key)
+    adapters = params.get("adapters", {})
+    return _module(params, config)(tokens, config, bias, dropout_key, adapters)
 
 
 def position_bias(params: Params, n_frames: int, config: ModelConfig) -> jax.Array:
     """Relative-position bias added to attention scores, `[H, query, key]`."""
-    return nnx.merge(_graphdef(config), params).bias_of_frames(n_frames)
+    return _module(params, config).bias_of_frames(n_frames)
 
 
 def latents(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
     """Codec vectors of tokens `[B, C, T]` before the projection, `[B, C, T, d]`."""
-    return nnx.merge(_graphdef(config), params).embedding.latents(tokens)
+    return _module(params, config).embedding.latents(tokens)
+
+
+def _module(params: Params, config: ModelConfig) -> VampNet:
+    weights = {name: value for name, value in params.items() if name != "adapters"}
+    return nnx.merge(_graphdef(config), weights)
 
 
 @functools.lru_cache(maxsize=64)

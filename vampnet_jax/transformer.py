@@ -12,6 +12,7 @@ from jax import lax
 
 from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.lora import Adapters
 
 RMS_EPSILON = 1e-6
 POSITION_BUCKETS = 32
@@ -101,23 +102,43 @@ class Block(nnx.Module):
         self.down = projection(f, f, d, scale=residual)
 
     def __call__(
-        self, x: jax.Array, bias: jax.Array, config: ModelConfig, key: jax.Array | None
+        self,
+        x: jax.Array,
+        bias: jax.Array,
+        config: ModelConfig,
+        key: jax.Array | None,
+        adapters: Adapters,
     ) -> jax.Array:
         """Transform `[B, T, D]`; bias is `[H, T, T]`, key switches dropout on."""
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         rate = config.dropout
-        attended = self.attend(rms_norm(x, self.attention_norm[...]), bias, config, keys[0])
+        normal = rms_norm(x, self.attention_norm[...])
+        attended = self.attend(normal, bias, config, keys[0], adapters)
         x = x + dropout(attended, rate, keys[1])
-        fed = self.feed_forward(rms_norm(x, self.feed_forward_norm[...]), rate, keys[2])
+        normal = rms_norm(x, self.feed_forward_norm[...])
+        fed = self.feed_forward(normal, rate, keys[2], adapters)
         return x + dropout(fed, rate, keys[3])
 
+    def project(self, letters: str, x: jax.Array, name: str, adapters: Adapters) -> jax.Array:
+        """Multiply by a weight, to which an adapter may add A·B (`vampnet_jax.lora`)."""
+        y = jnp.einsum(letters, x, getattr(self, name)[...].astype(x.dtype))
+        if name in adapters:
+            a, b = (adapters[name][part].astype(x.dtype) for part in "ab")
+            y = y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
+        return y
+
     def attend(
-        self, x: jax.Array, bias: jax.Array, config: ModelConfig, key: jax.Array | None
+        self,
+        x: jax.Array,
+        bias: jax.Array,
+        config: ModelConfig,
+        key: jax.Array | None,
+        adapters: Adapters,
     ) -> jax.Array:
         """Bidirectional attention with a relative-position bias; no biases in projections."""
-        q = jnp.einsum("BTD,DHK->BTHK", x, self.query[...].astype(x.dtype))
-        k = jnp.einsum("BTD,DHK->BTHK", x, self.key[...].astype(x.dtype))
-        v = jnp.einsum("BTD,DHK->BTHK", x, self.value[...].astype(x.dtype))
+        q = self.project("BTD,DHK->BTHK", x, "query", adapters)
+        k = self.project("BTD,DHK->BTHK", x, "key", adapters)
+        v = self.project("BTD,DHK->BTHK", x, "value", adapters)
         if config.attention == "cudnn":
             mixed = jax.nn.dot_product_attention(
                 q, k, v, bias=bias[None].astype(x.dtype), implementation="cudnn"
@@ -128,14 +149,16 @@ class Block(nnx.Module):
             weights = jax.nn.softmax(scores + bias[None].astype(jnp.float32), axis=-1)
             weights = dropout(weights, config.dropout, key).astype(x.dtype)
             mixed = jnp.einsum("BHts,BsHK->BtHK", weights, v)
-        return jnp.einsum("BTHK,HKD->BTD", mixed, self.out[...].astype(x.dtype))
+        return self.project("BTHK,HKD->BTD", mixed, "out", adapters)
 
-    def feed_forward(self, x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    def feed_forward(
+        self, x: jax.Array, rate: float, key: jax.Array | None, adapters: Adapters
+    ) -> jax.Array:
         """Gated GELU (Shazeer 2020): a · gelu(b)."""
-        hidden = jnp.einsum("BTD,DgF->BTgF", x, self.up[...].astype(x.dtype))
+        hidden = self.project("BTD,DgF->BTgF", x, "up", adapters)
         hidden = hidden[:, :, 0] * jax.nn.gelu(hidden[:, :, 1], approximate=True)
         hidden = dropout(hidden, rate, key)
-        return jnp.einsum("BTF,FD->BTD", hidden, self.down[...].astype(x.dtype))
+        return self.project("BTF,FD->BTD", hidden, "down", adapters)
 
 
 class Head(nnx.Module):
@@ -180,6 +203,7 @@ class VampNet(nnx.Module):
         config: ModelConfig,
         bias: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        adapters: Adapters | None = None,
     ) -> jax.Array:
         """Tokens int32 `[B, C, T]` → logits float32 `[B, T, Cp, V]`."""
         if dropout_key is not None and config.attention == "cudnn" and config.dropout > 0:
@@ -194,10 +218,10 @@ class VampNet(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-            params, key = layer
-            return nnx.merge(graphdef, params)(x, bias, config, key), None
+            params, key, pairs = layer
+            return nnx.merge(graphdef, params)(x, bias, config, key, pairs), None
 
         if config.remat:
             step = jax.checkpoint(step, prevent_cse=False)
-        x, _ = lax.scan(step, x, (stacked, keys))
+        x, _ = lax.scan(step, x, (stacked, keys, adapters or {}))
         return self.head(rms_norm(x, self.norm[...]))

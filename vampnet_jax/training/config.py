@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.lora import LoraConfig
 
 Stage = Literal["coarse", "fine"]
 Preset = Literal["tiny", "coarse", "fine"]
@@ -19,6 +20,8 @@ class TrainConfig:
     """A run's settings, hashable, so static under jit. The defaults are VampNet's recipe."""
 
     model: ModelConfig
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of a model that stays as it is; None trains all parameters."""
     seed: int = 0
     """Decides initial parameters, excerpts, masks and dropout."""
     batch_size: int = 25
@@ -106,7 +109,10 @@ class TrainConfig:
         """
         try:
             model = ModelConfig(**content["model"])
-            return cls(**{**content, "model": model})
+            adapters = content.get("lora")
+            if adapters is not None:
+                adapters = LoraConfig(**{**adapters, "targets": tuple(adapters["targets"])})
+            return cls(**{**content, "model": model, "lora": adapters})
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"The run's configuration does not fit this version: {error}."

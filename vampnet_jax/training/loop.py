@@ -222,7 +222,7 @@ class _Loop:
         if self.validation is None:
             self.save(None)
             return
-        scores = self.validation.score(model_params(self.state))
+        scores = self.validation.score(model_params(self.state, self.config))
         scores = {f"validation/{name}": value for name, value in scores.items()}
         log.write(self.step, scores)
         by_source = "  ".join(

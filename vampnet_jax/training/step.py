@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vampnet_jax import lora
 from vampnet_jax.model import Params, init
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.objective import (
@@ -26,13 +27,15 @@ class TrainState(NamedTuple):
     step: jax.Array
     """int32, steps taken; with the seed it decides the next step's data and randomness."""
     params: Params
-    """What is trained: the model's parameters without the codebooks."""
+    """What is trained: the model's parameters without the codebooks, or LoRA adapters."""
     ema: Params
     """Moving average of `params`; an empty dict if none is kept."""
     moments: Any
     """The optimiser's state."""
     codebooks: jax.Array
     """float32 `[C, V, d]`, the codec's; never trained nor decayed."""
+    frozen: Params
+    """The parameters that adapters adapt, never changed nor saved; an empty dict without LoRA."""
 
 
 def with_codebooks(params: Params, codebooks: jax.Array) -> Params:
@@ -46,10 +49,33 @@ def without_codebooks(params: Params) -> Params:
     return params | {"embedding": embedding}
 
 
+def full_params(trained: Params, state: TrainState, config: TrainConfig) -> Params:
+    """The parameters that `vampnet_jax.apply` takes, from what is trained and what is not.
+
+    Args:
+      trained: `params` or `ema` of the state.
+      state: gives the rest.
+      config: says whether these are LoRA adapters.
+    """
+    if config.lora is None:
+        return with_codebooks(trained, state.codebooks)
+    return lora.attach(with_codebooks(state.frozen, state.codebooks), trained, config.lora)
+
+
+def freeze(params: Params, config: TrainConfig) -> Params:
+    """The `frozen` tree of a LoRA run, from parameters as `vampnet_jax.apply` takes them.
+
+    Matrices are kept in the dtype that they are used in, so bfloat16 halves their memory.
+    """
+    frozen = without_codebooks(params)
+    blocks = {k: v.astype(config.model.dtype) for k, v in frozen["blocks"].items() if v.ndim > 2}
+    return frozen | {"blocks": frozen["blocks"] | blocks}
+
+
 def init_state(
     config: TrainConfig, codebooks: jax.Array, frequencies: jax.Array | None = None
 ) -> TrainState:
-    """The state before the first step.
+    """The state before the first step; for LoRA `frozen` is empty, and the caller's to fill.
 
     Args:
       config: all settings.
@@ -57,19 +83,23 @@ def init_state(
       frequencies: how often each token occurs, `[≥C, V]`. With them the untrained model predicts
         just these, so that no steps are spent on learning them.
     """
-    params = init(jax.random.key(config.seed), config.model, codebooks)
-    used = params["embedding"]["codebooks"]
-    params = without_codebooks(params)
-    if frequencies is not None:
-        given, n = config.model.n_conditioning_codebooks, config.model.n_codebooks
-        kernel = jnp.zeros_like(params["head"]["kernel"])
-        params["head"] = {"kernel": kernel, "bias": jnp.log(frequencies[given:n])}
+    key = jax.random.key(config.seed)
+    used = jnp.asarray(codebooks[: config.model.n_codebooks], jnp.float32)
+    if config.lora is not None:
+        params = lora.init(key, config.model, config.lora)
+    else:
+        params = without_codebooks(init(key, config.model, codebooks))
+        if frequencies is not None:
+            given, n = config.model.n_conditioning_codebooks, config.model.n_codebooks
+            kernel = jnp.zeros_like(params["head"]["kernel"])
+            params["head"] = {"kernel": kernel, "bias": jnp.log(frequencies[given:n])}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
         moments=optimizer(config).init(params),
         codebooks=used,
+        frozen={},
     )
 
 
@@ -99,7 +129,7 @@ def train_step(
 
     def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
         sums = masked_sums(
-            with_codebooks(params, state.codebooks),
+            full_params(params, state, config),
             tokens,
             mask,
             config.model,
@@ -120,9 +150,9 @@ def train_step(
         decay = jnp.minimum(config.ema_decay, (1 + n) / (10 + n))  # forgets the first steps soon
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
     metrics |= {"gradient_norm": optax.tree.norm(gradient), "learning_rate": rate}
-    return TrainState(state.step + 1, params, ema, moments, state.codebooks), metrics
+    return TrainState(state.step + 1, params, ema, moments, state.codebooks, state.frozen), metrics
 
 
-def model_params(state: TrainState) -> Params:
+def model_params(state: TrainState, config: TrainConfig) -> Params:
     """The parameters to use: the moving average where one is kept."""
-    return with_codebooks(state.ema or state.params, state.codebooks)
+    return full_params(state.ema or state.params, state, config)
