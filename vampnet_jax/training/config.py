@@ -50,10 +50,18 @@ class TrainConfig:
     validate_every: int = 1000
     """Steps between validations; each saves a checkpoint."""
     validation_excerpts: int = 64
+    save_every: int | None = None
+    """Steps between checkpoints, besides those of validations; None saves no others."""
     save_minutes: float = 10.0
     """A checkpoint is also saved after so many minutes without one."""
     keep: int = 2
     """Newest checkpoints kept, besides the best."""
+    milestone_every: int | None = None
+    """Checkpoints of multiples of this step are saved and kept for good; None keeps none."""
+    skip_spikes: float | None = None
+    """Skip steps whose gradient's norm is not finite or so many times its running mean."""
+    listen_every: int | None = None
+    """Steps between sounds and pictures for TensorBoard; None makes none."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -83,9 +91,12 @@ class TrainConfig:
             raise InputError(f"schedule is {self.schedule!r}; choose noam, cosine or constant.")
         if self.steps is None and self.minutes is None:
             raise InputError("Give --steps, --minutes or both, so that training ends.")
-        for name in ("steps", "minutes"):
+        for name in ("steps", "minutes", "save_every", "milestone_every", "listen_every"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
+
+        if self.skip_spikes is not None and not 1 < self.skip_spikes < math.inf:
+            raise InputError(f"skip_spikes is {self.skip_spikes}; it must be above 1.")
 
     def done(self, step: int, seconds: float) -> float:
         """Share of the run that is done, by steps or by time, whichever is further."""

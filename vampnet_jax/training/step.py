@@ -17,6 +17,7 @@ from vampnet_jax.training.objective import (
     metrics_by_ratio,
 )
 from vampnet_jax.training.optimizer import optimizer, schedule
+from vampnet_jax.training.spikes import judge
 
 Metrics = dict[str, jax.Array]
 
@@ -36,6 +37,8 @@ class TrainState(NamedTuple):
     """float32 `[C, V, d]`, the codec's; never trained nor decayed."""
     frozen: Params
     """The parameters that adapters adapt, never changed nor saved; an empty dict without LoRA."""
+    spikes: Params
+    """`usual_norm`, the running mean of the gradient's norm; an empty dict without skip_spikes."""
 
 
 def with_codebooks(params: Params, codebooks: jax.Array) -> Params:
@@ -100,6 +103,7 @@ def init_state(
         moments=optimizer(config).init(params),
         codebooks=used,
         frozen={},
+        spikes={"usual_norm": jnp.zeros((), jnp.float32)} if config.skip_spikes else {},
     )
 
 
@@ -116,7 +120,8 @@ def train_step(
 
     Returns:
       The new state and the step's metrics: loss (label smoothing included), log_loss, accuracies,
-      gradient_norm (before clipping) and learning_rate.
+      gradient_norm (before clipping), learning_rate, parameter_norm (afterwards; of what is
+      trained) and, with skip_spikes, skipped: 1 where the step changed nothing.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     mask_key, dropout_key = jax.random.split(key)
@@ -149,8 +154,23 @@ def train_step(
         n = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1 + n) / (10 + n))  # forgets the first steps soon
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
-    metrics |= {"gradient_norm": optax.tree.norm(gradient), "learning_rate": rate}
-    return TrainState(state.step + 1, params, ema, moments, state.codebooks, state.frozen), metrics
+    norm = optax.tree.norm(gradient)
+    spikes = state.spikes
+    if config.skip_spikes:
+        good, usual = judge(norm, spikes["usual_norm"], state.step, config.skip_spikes)
+        params, ema, moments = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, ema, moments),
+            (state.params, state.ema, state.moments),
+        )
+        spikes = {"usual_norm": usual}
+        metrics["skipped"] = 1 - good.astype(jnp.float32)
+    metrics |= {"gradient_norm": norm, "learning_rate": rate}
+    metrics["parameter_norm"] = optax.tree.norm(params)
+    taken = state._replace(
+        step=state.step + 1, params=params, ema=ema, moments=moments, spikes=spikes
+    )
+    return taken, metrics
 
 
 def model_params(state: TrainState, config: TrainConfig) -> Params:
