@@ -10,21 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_tokens import CODEC, reader, write_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vampnet_jax as vampnet
 from codec_bridge import InputError
 from vampnet_jax.cli import run as run_command
+from vampnet_jax.cli.status import TRY_AGAIN
 from vampnet_jax.cli.train import main as train
 from vampnet_jax.training.checkpoints import Checkpoints, load_run, read_run
-from vampnet_jax.training.excerpts import RandomExcerpts, choose_tracks, fixed_excerpts
 from vampnet_jax.training.log import RunLog
 from vampnet_jax.training.tokens import (
-    RECORD_FRAMES,
-    CodecInfo,
     Manifest,
     Track,
-    TrackReader,
     pack_records,
     read_codebooks,
     read_manifest,
@@ -34,7 +32,6 @@ from vampnet_jax.training.tokens import (
 )
 from vampnet_jax.training.validation import Validation, token_frequencies
 
-CODEC = CodecInfo("c0dec" * 10, "dac", 100, 10, n_codebooks=3, codebook_size=16)
 SMALL = [
     "--n-codebooks=2",
     "--n-layers=1",
@@ -48,27 +45,6 @@ SMALL = [
 ]
 
 
-def write_folder(folder: Path, lengths: list[int], *, splits: bool = True, quiet: int = 0) -> None:
-    """Tokens of frame f of track i are (f + i, 2f, 3f) mod 16; the first `quiet` frames whisper."""
-    folder.mkdir(parents=True)
-    tracks, records = [], []
-    for i, frames in enumerate(lengths):
-        f = np.arange(frames)
-        loudness = np.where(f < quiet, -60.0, -20.0)
-        blobs = pack_records(np.stack([f + i, 2 * f, 3 * f]) % 16, loudness)
-        source = f"source{i % 2}"
-        split = ("validation" if i < 2 else "train") if splits else None
-        tracks.append(
-            Track(f"{source}/{i}", source, frames / 10, frames, "tokens-00000.arrayrecord",
-                  len(records), split, 0, 0)
-        )  # fmt: skip
-        records += blobs
-    write_shard(folder / "tokens-00000.arrayrecord", records)
-    rows = np.random.default_rng(0).standard_normal((3, 16, 8))
-    write_codebooks(folder, rows, CODEC.fingerprint)
-    write_manifest(folder, Manifest(CODEC, tuple(tracks)))
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tokens"
@@ -76,108 +52,8 @@ def tokens(tmp_path_factory) -> Path:
     return folder
 
 
-def reader(folder: Path, split: str = "train") -> TrackReader:
-    manifest = read_manifest(folder)
-    return TrackReader(folder, manifest, choose_tracks(manifest, split))
-
-
 def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-# --- excerpts
-
-
-def test_reading_any_frames_of_a_track_gives_those_frames_across_records(tokens):
-    tracks = reader(tokens)
-    start, stop = RECORD_FRAMES - 7, 2 * RECORD_FRAMES + 3
-    found, loudness = tracks.read(1, start, stop)
-    f = np.arange(start, stop)
-    np.testing.assert_array_equal(found, np.stack([f + 3, 2 * f, 3 * f]) % 16)
-    assert found.dtype == np.int32
-    assert (loudness == -20).all()
-
-
-def test_example_n_is_the_same_whatever_ran_before_and_however_examples_are_batched(tokens):
-    excerpts = RandomExcerpts(reader(tokens), 2, 20, -30.0, seed=3)
-    by_four = excerpts.batches(4)
-    first = np.concatenate([next(by_four) for _ in range(6)])
-    alone = excerpts.batches(1)
-    np.testing.assert_array_equal(next(alone)[0], next(excerpts.batches(4))[0])
-    by_three = excerpts.batches(3)
-    np.testing.assert_array_equal(np.concatenate([next(by_three) for _ in range(8)]), first)
-    by_four.set_state({"next_index": 2})
-    np.testing.assert_array_equal(next(by_four), first[8:12])
-    other = next(RandomExcerpts(reader(tokens), 2, 20, -30.0, seed=4).batches(4))
-    assert (other != first[:4]).any()
-
-
-def test_an_epoch_visits_every_part_of_every_track_once(tokens):
-    tracks = reader(tokens)
-    excerpts = RandomExcerpts(tracks, 3, 20, -30.0, seed=0)
-    assert excerpts.places == (200 + 5000 + 90 - 10) // 20
-    seen = [
-        excerpts._begin(place, np.random.default_rng(place)) for place in range(excerpts.places)
-    ]
-    for track, places in enumerate((10, 250, 4)):
-        starts = np.array([excerpt.start for excerpt in seen if excerpt.track == track])
-        room = tracks.tracks[track].frames - 20
-        assert len(starts) == places
-        assert starts.min() >= 0
-        assert starts.max() <= room
-        np.testing.assert_allclose(starts, (np.arange(places) + 0.5) * room / places, atol=21)
-
-
-def test_one_track_as_long_as_one_window_is_enough(tmp_path):
-    write_folder(tmp_path / "tokens", [20], splits=False)
-    manifest = read_manifest(tmp_path / "tokens")
-    excerpts = RandomExcerpts(
-        TrackReader(tmp_path / "tokens", manifest, choose_tracks(manifest, "train")),
-        3,
-        20,
-        -30.0,
-        0,
-    )
-    batches = excerpts.batches(2)
-    for _ in range(3):
-        assert (next(batches)[:, 0] == np.arange(20) % 16).all()
-
-
-def test_quiet_excerpts_are_drawn_again_and_silence_ends_after_eight_times(tmp_path):
-    write_folder(tmp_path / "tokens", [400], splits=False, quiet=300)
-    manifest = read_manifest(tmp_path / "tokens")
-    tracks = TrackReader(tmp_path / "tokens", manifest, manifest.tracks)
-
-    def share_of_loud(min_loudness: float) -> float:
-        calls = []
-        excerpts = RandomExcerpts(tracks, 1, 10, min_loudness, 0)
-        begin = excerpts._begin
-        excerpts._begin = lambda *a: (calls.append(begin(*a)), calls[-1])[1]  # type: ignore
-        last = [(excerpts.draw(n, n % excerpts.places), calls[-1].start)[1] for n in range(200)]
-        assert len(calls) <= 200 * 9
-        return float(np.mean([start >= 291 for start in last]))
-
-    assert share_of_loud(-100.0) == pytest.approx(0.25, abs=0.1)
-    assert share_of_loud(-30.0) > 0.85
-    assert share_of_loud(0.0) == pytest.approx(0.25, abs=0.1)  # nothing is that loud: last draw
-
-
-def test_without_splits_one_track_in_twenty_is_held_out_by_its_name(tmp_path):
-    write_folder(tmp_path / "tokens", [30] * 40, splits=False)
-    manifest = read_manifest(tmp_path / "tokens")
-    train_tracks = {track.name for track in choose_tracks(manifest, "train")}
-    held_out = {track.name for track in choose_tracks(manifest, "validation")}
-    assert len(held_out) == 2
-    assert train_tracks | held_out == {track.name for track in manifest.tracks}
-    assert not train_tracks & held_out
-
-
-def test_validation_excerpts_are_spread_over_every_source(tokens):
-    excerpts, sources = fixed_excerpts(reader(tokens, "validation"), 3, 20, 7)
-    assert excerpts.shape == (7, 3, 20)
-    assert set(sources) == {"source0", "source1"}
-    again, _ = fixed_excerpts(reader(tokens, "validation"), 3, 20, 7)
-    np.testing.assert_array_equal(excerpts, again)
 
 
 # --- validation
@@ -277,7 +153,7 @@ def test_sigterm_saves_and_stops_and_the_run_can_be_resumed(
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "show", show_and_be_told_to_stop)
-        assert train([str(tokens), "--out", str(run), "--steps=8", *SMALL]) == 130
+        assert train([str(tokens), "--out", str(run), "--steps=8", *SMALL]) == TRY_AGAIN
     assert signal.getsignal(signal.SIGTERM) is before
     assert Checkpoints(run, keep=2).steps == [2]
     assert train(["--out", str(run), "--resume"]) == 0
@@ -297,7 +173,7 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tokens, tmp_path):
     }
     checkpoints = Checkpoints(run, keep=1)
     assert set(checkpoints.steps) == {6, min(losses, key=losses.__getitem__)}
-    assert checkpoints.best() == min(losses, key=losses.__getitem__)
+    assert checkpoints.by_loss()[0] == min(losses, key=losses.__getitem__)
 
 
 def test_a_time_budget_ends_the_run_with_a_checkpoint(tokens, tmp_path):
@@ -329,7 +205,8 @@ def refuses(capsys, arguments: list[str], *words: str) -> None:
 def test_wrong_input_is_one_sentence_and_writes_nothing(capsys, tokens, whole_run, tmp_path):
     out = ["--out", tmp_path / "run", "--steps=1", *SMALL]
     refuses(capsys, [tmp_path, *out], "no token folder", "vampnet tokenize")
-    refuses(capsys, [tokens, "--out", whole_run, "--steps=1"], "--resume")
+    refuses(capsys, [tokens, "--out", whole_run, "--steps=1", "--new"], "already holds a run")
+    refuses(capsys, ["--out", whole_run, "--new", "--resume"], "exclude each other")
     refuses(capsys, [tokens, "--out", tmp_path.parent, "--steps=1"], "not empty")
     refuses(capsys, [tokens, *out, "--n-codebooks=4"], "4 codebooks", "have 3")
     refuses(capsys, [tokens, *out, "--window-seconds=900"], "window of 9000 frames")

@@ -1,12 +1,16 @@
 """Random excerpts of tokenised tracks, by a function of (seed, example number) only.
 
 Example n of a run is always the same excerpt, whatever ran before, however many processes read:
-batch s holds examples s·B … s·B+B−1, so the step number is the whole state of the data.
+step s takes examples s·B … s·B+B−1 (`examples_of_step`), so the step number is the whole state of
+the data, and a process that holds some rows of the batch reads those and no others.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+import math
+import zlib
+from collections.abc import Mapping, Sequence
 
 import grain.python as grain
 import numpy as np
@@ -42,7 +46,33 @@ class Excerpt:
     """Where an excerpt is."""
 
     track: int
+    """Index into the reader's tracks."""
     start: int
+    """Its first frame."""
+
+
+def examples_of_step(
+    step: int, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> range:
+    """The numbers of the examples that one of P processes reads for a step.
+
+    The batch of step s is examples s·B … s·B+B−1; process p has its rows [p·B/P, (p+1)·B/P).
+
+    Raises:
+      InputError: the processes cannot have equally many rows.
+    """
+    rows = _rows(batch_size, process_count)
+    first = step * batch_size + process_index * rows
+    return range(first, first + rows)
+
+
+def _rows(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise InputError(
+            f"batch_size {batch_size} cannot be divided evenly among {process_count} processes; "
+            "choose a multiple of their number."
+        )
+    return batch_size // process_count
 
 
 class RandomExcerpts:
@@ -51,12 +81,21 @@ class RandomExcerpts:
     An epoch has one place per window of each track, in a shuffled order; the excerpt begins
     anywhere in its place. Quiet ones are drawn again, anywhere.
 
+    With weights every source has epochs of its own. Their excerpts alternate evenly in proportion
+    to weight × places, so already short stretches of the run have the mixture; quiet ones are
+    drawn again from their own source.
+
     Args:
       reader: the tracks, all at least `window` frames long.
       n_codebooks: how many codebooks to return.
       window: frames per excerpt.
       min_loudness: LUFS before normalising; quieter excerpts are redrawn at most eight times.
       seed: decides the draws.
+      weights: source → how many times as often its music comes as by its length; 1 for a source
+        that is not named, 0 leaves one out.
+
+    Raises:
+      InputError: a weight of an unknown source or that is no such number, or none above 0.
     """
 
     def __init__(
@@ -66,6 +105,7 @@ class RandomExcerpts:
         window: int,
         min_loudness: float,
         seed: int,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.reader = reader
         self.n_codebooks = n_codebooks
@@ -77,15 +117,52 @@ class RandomExcerpts:
             raise ValueError("every track must be at least a window long")
         self._frames = frames
         self._ends = np.cumsum(frames // window)
+        self._groups: dict[str, np.ndarray] = {}  # places by source, where sources have weights
+        if weights and any(weight != 1 for weight in weights.values()):
+            self._order = self._mixed(weights)
+        else:
+            self._order = _endless(grain.MapDataset.range(self.places), seed)
+
+    def _mixed(self, weights: Mapping[str, float]) -> grain.MapDataset:
+        sources = np.array([track.source for track in self.reader.tracks])
+        unknown = sorted(set(weights) - set(sources))
+        if unknown:
+            known = ", ".join(sorted(set(sources)))
+            raise InputError(f"There is no source {unknown[0]!r} to weigh; there are: {known}.")
+        for source, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise InputError(f"The weight of source {source!r} is {weight}; give 0 or more.")
+        track = np.repeat(np.arange(len(sources)), self._frames // self.window)
+        orders, shares = [], []
+        for source in sorted(set(sources)):
+            share = weights.get(source, 1.0)
+            if share == 0:
+                continue
+            places = np.flatnonzero(sources[track] == source)
+            self._groups[source] = places
+            seed = self.seed + zlib.crc32(source.encode())
+            orders.append(_endless(grain.MapDataset.source(places), seed))
+            shares.append(share * len(places))
+        if not orders:
+            raise InputError("Every source has weight 0; leave one at least above 0.")
+        return grain.MapDataset.mix(orders, shares)
 
     @property
     def places(self) -> int:
         """Examples per epoch."""
         return int(self._ends[-1])
 
-    def draw(self, example: int, place: int) -> np.ndarray:
-        """Tokens int32 `[C, window]` of example number `example`, which begins in `place`."""
+    def excerpt(self, example: int) -> Excerpt:
+        """Where example number `example` of the run is."""
+        return self._draw(example)[0]
+
+    def tokens(self, example: int) -> np.ndarray:
+        """Tokens int32 `[C, window]` of example number `example` of the run."""
+        return self._draw(example)[1]
+
+    def _draw(self, example: int) -> tuple[Excerpt, np.ndarray]:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, example]))
+        place = int(self._order[example])
         for _ in range(MAX_REDRAWS + 1):
             excerpt = self._begin(place, rng)
             stop = excerpt.start + self.window
@@ -93,8 +170,12 @@ class RandomExcerpts:
             frame_rate = self.reader.manifest.codec.frame_rate
             if excerpt_loudness(loudness, frame_rate) >= self.min_loudness:
                 break
-            place = int(rng.integers(self.places))
-        return tokens[: self.n_codebooks]
+            if self._groups:
+                group = self._groups[self.reader.tracks[excerpt.track].source]
+                place = int(group[rng.integers(len(group))])
+            else:
+                place = int(rng.integers(self.places))
+        return excerpt, tokens[: self.n_codebooks]
 
     def _begin(self, place: int, rng: np.random.Generator) -> Excerpt:
         track = int(np.searchsorted(self._ends, place, side="right"))
@@ -106,21 +187,54 @@ class RandomExcerpts:
         return Excerpt(track, int(rng.integers(low, high)))
 
     def batches(
-        self, batch_size: int, *, threads: int = 1, ahead: int = 4
+        self,
+        batch_size: int,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 1,
+        ahead: int = 4,
     ) -> grain.DatasetIterator:
-        """An endless iterator of int32 `[B, C, window]`, read ahead by threads.
+        """An endless iterator of this process's rows, int32 `[B/P, C, window]`, read ahead.
 
         `iterator.set_state({"next_index": s})` goes to the batch of step s.
+
+        Args:
+          batch_size: B, of all processes together.
+          process_index, process_count: p and P; the process reads rows [p·B/P, (p+1)·B/P) of
+            every batch. P may be another one after any step.
+          threads: that read.
+          ahead: batches in advance.
+
+        Raises:
+          InputError: the batch cannot be divided evenly.
         """
-        examples = (
-            grain.MapDataset.range(self.places)
-            .shuffle(seed=self.seed % 2**32)
-            .repeat(ENDLESS // self.places)
-            .map_with_index(self.draw)
-            .batch(batch_size)
-        )
+        share = _Share(self, batch_size, process_index, process_count)
+        local = grain.MapDataset.source(share).batch(share.rows)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        return iter(examples.to_iter_dataset(options))
+        return iter(local.to_iter_dataset(options))
+
+
+class _Share:
+    """The examples of one process as one sequence."""
+
+    def __init__(self, excerpts: RandomExcerpts, batch_size: int, index: int, count: int) -> None:
+        self.rows = _rows(batch_size, count)
+        self._of_step = functools.partial(
+            examples_of_step, batch_size=batch_size, process_index=index, process_count=count
+        )
+        self._excerpts = excerpts
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        step, row = divmod(int(number), self.rows)
+        return self._excerpts.tokens(self._of_step(step)[row])
+
+
+def _endless(places: grain.MapDataset, seed: int) -> grain.MapDataset:
+    return places.shuffle(seed=seed % 2**32).repeat(ENDLESS // len(places))
 
 
 def fixed_excerpts(
