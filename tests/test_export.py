@@ -215,7 +215,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (folder / name).mkdir()
         write_run(folder / name, training, {"codec": {"fingerprint": codec.fingerprint}})
         checkpoints = Checkpoints(folder / name, keep=1)
-        checkpoints.save(jax.jit(partial(init_state, training))(codebooks), 1.0, None)
+        checkpoints.save(0, jax.jit(partial(init_state, training))(codebooks), 1.0, None)
         checkpoints.close()
     return {name: folder / name for name in ("coarse", "fine", "codec.safetensors")}
 

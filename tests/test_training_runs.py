@@ -131,7 +131,10 @@ def test_a_stopped_and_resumed_run_ends_with_the_weights_of_one_that_never_stopp
     ends = [load_run(folder, step=8)[0] for folder in (whole_run, run)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
     old, new = (
-        [{k: v for k, v in line.items() if "/s" not in k and "waiting" not in k} for line in log(r)]
+        [
+            {k: v for k, v in line.items() if "/s" not in k and "wait" not in k and "MFU" not in k}
+            for line in log(r)
+        ]
         for r in (whole_run, run)
     )
     assert [line for line in new if line["step"] == 8] == [
@@ -155,7 +158,7 @@ def test_sigterm_saves_and_stops_and_the_run_can_be_resumed(
         patch.setattr(RunLog, "show", show_and_be_told_to_stop)
         assert train([str(tokens), "--out", str(run), "--steps=8", *SMALL]) == TRY_AGAIN
     assert signal.getsignal(signal.SIGTERM) is before
-    assert Checkpoints(run, keep=2).steps == [2]
+    assert Checkpoints(run, keep=2).steps == [3]  # metrics are read one step behind
     assert train(["--out", str(run), "--resume"]) == 0
     jax.tree.map(
         np.testing.assert_array_equal, load_run(whole_run, step=8)[0], load_run(run, step=8)[0]
@@ -185,7 +188,7 @@ def test_a_time_budget_ends_the_run_with_a_checkpoint(tokens, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(tokens, tmp_path):
     run = tmp_path / "run"
-    options = ["--steps=50", "--validate-every=1", "--learning-rate=1e30", "--schedule=constant"]
+    options = ["--steps=50", "--validate-every=1", "--learning-rate=1e15", "--schedule=constant"]
     with pytest.raises(InputError, match=r"not a finite number at step \d+; the last good state"):
         train([str(tokens), "--out", str(run), *options, *SMALL])
     params, _ = load_run(run)
@@ -212,7 +215,7 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(capsys, tokens, whole_ru
     refuses(capsys, [tokens, *out, "--window-seconds=900"], "window of 9000 frames")
     refuses(capsys, [tokens, *out, "--n-heads=3"], "n_heads 3")
     refuses(capsys, ["--out", tmp_path / "run", "--resume"], "no training run")
-    refuses(capsys, ["--out", whole_run, "--resume", "--batch-size=9"], "batch_size 4", "to 9")
+    refuses(capsys, ["--out", whole_run, "--resume", "--batch-size=9"], "batch_size 4", "with 9")
     refuses(capsys, out, "folder of tokens")
     assert not (tmp_path / "run").exists()
 

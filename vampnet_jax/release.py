@@ -102,8 +102,8 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
     except (OSError, UnicodeDecodeError):  # a model works without
         card = ""
     return Model(
-        coarse=_load_stage(directory, "coarse", description),
-        fine=_load_stage(directory, "fine", description),
+        coarse=load_stage(directory, "coarse", description),
+        fine=load_stage(directory, "fine", description),
         codec=codec,
         coarse_window=description["coarse"]["window"],
         fine_window=description["fine"]["window"],
@@ -115,6 +115,18 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
 def load_codec(name_or_directory: str | os.PathLike = "tiny") -> codec_bridge.Codec:
     """The codec of a model alone."""
     return codec_bridge.load(_existing(resolve(name_or_directory), "codec.safetensors"))
+
+
+def find_codec(name_or_path: str | os.PathLike) -> codec_bridge.Codec:
+    """The codec of a model in the box or of `official` by its name; else any codec file or name.
+
+    Raises:
+      InputError: there is no such codec, or its file is damaged.
+    """
+    name = str(name_or_path)
+    if name in available_models() or name.partition(":")[0] == "official":
+        return load_codec(name)
+    return codec_bridge.load(name_or_path)
 
 
 def resolve(name_or_directory: str | os.PathLike) -> Path:
@@ -230,7 +242,8 @@ def _save_stage(stage: Stage, path: Path, dtype: str) -> None:
     path.chmod(0o644)  # safetensors makes files that others cannot read
 
 
-def _load_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage:
+def load_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage:
+    """One of the two transformers alone, from a directory and its checked description."""
     config = ModelConfig(**description[name]["config"])
     params = load_params(_existing(directory, f"{name}.safetensors"), config)
     kept = load_adapters(directory, name, description)

@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from codec_bridge.errors import InputError
+from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR, loading
 
 COMMANDS = {
     "sample": "audio in, variations out",
@@ -17,9 +18,6 @@ COMMANDS = {
     "download": "fetch the original's published weights",
 }
 """Sub-command → what it does; `a-b` lives in the module `vampnet_jax.cli.a_b`."""
-
-USER_ERROR = 2
-INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,10 +38,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(command: str, argv: list[str] | None = None) -> None:
-    """Run one sub-command and exit: 0, 2 for bad input (one sentence), 130 for Ctrl-C."""
+    """Run one sub-command and exit with one of `vampnet_jax.cli.status`."""
     module_name = {"import": "import_"}.get(command, command.replace("-", "_"))
     try:
-        module = importlib.import_module(f"vampnet_jax.cli.{module_name}")
+        with loading():
+            module = importlib.import_module(f"vampnet_jax.cli.{module_name}")
         status = module.main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

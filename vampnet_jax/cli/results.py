@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from codec_bridge.errors import InputError
+from vampnet_jax.cli.status import INTERRUPTED
 
 FORMAT_VERSION = 1
-INTERRUPTED = 130
 PACKAGES = ("vampnet-jax", "jax", "jaxlib", "flax", "torch", "numpy", "soxr")
 """Those whose versions can change a result."""
 

@@ -1,51 +1,41 @@
 """`vampnet train`: train a coarse or fine model from a folder of tokens."""
 
 import dataclasses
-import importlib.metadata
-import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from codec_bridge.errors import InputError
+from vampnet_jax.cli.status import INTERRUPTED, OK, TRY_AGAIN, loading
 
 if TYPE_CHECKING:
-    from vampnet_jax.training.config import TrainConfig
-    from vampnet_jax.training.loop import TrainingData
-
-STOPPED = 130
-"""Exit status after Ctrl-C or SIGTERM, the state being saved."""
-MAY_CHANGE = {
-    "steps",
-    "minutes",
-    "log_every",
-    "validate_every",
-    "validation_excerpts",
-    "save_minutes",
-    "keep",
-}
-"""Options that a resumed run takes; all others are those that it began with."""
+    from vampnet_jax.training.begin import Request, Run
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
     """Train a coarse or fine model from a folder of tokens that `vampnet tokenize` made.
 
-    What is not given comes from the preset. Ctrl-C saves and stops; --resume continues exactly.
+    What is not given comes from the preset. Ctrl-C and SIGTERM save and stop; the same command
+    again continues exactly.
     """
 
     out: Path
     """Folder of the run: configuration, checkpoints, logs."""
     data: Annotated[Path | None, Positional, arg(metavar="TOKENS")] = None
-    """Folder of tokens (with --resume: that of the run unless given)."""
+    """Folder of tokens (not needed to continue a run)."""
     stage: Literal["coarse", "fine"] | None = None
     """Coarse predicts the first codebooks, fine the rest (default: what the preset is for)."""
-    preset: Literal["tiny", "coarse", "fine"] = "tiny"
-    """tiny trains on a laptop; coarse and fine are the published models."""
+    preset: Literal["tiny", "coarse", "fine"] | None = None
+    """tiny (if none is given) trains on a laptop; coarse and fine are the published models."""
     resume: bool = False
-    """Continue the run in --out."""
+    """Only continue the run in --out: refuse to begin one."""
+    new: bool = False
+    """Only begin a run: refuse to continue one that is in --out."""
+    init_from: str | None = None
+    """Begin with the weights of a run (its folder) or of a model (a directory or a name)."""
     seed: int | None = None
     """Decides everything random (default: drawn, shown, saved)."""
     steps: int | None = None
@@ -66,8 +56,14 @@ class TrainOptions:
     """Steps in which the learning rate rises."""
     weight_decay: float | None = None
     """Decoupled weight decay."""
+    adam_b1: float | None = None
+    """Decay of the mean of gradients."""
+    adam_b2: float | None = None
+    """Decay of the mean of squared gradients."""
     gradient_clip: float | None = None
     """Largest global norm of the gradient."""
+    skip_spikes: float | None = None
+    """Skip steps whose gradient is not finite or so many times as large as usual; 0: none."""
     label_smoothing: float | None = None
     """Share of the target spread over all codes."""
     ema_decay: float | None = None
@@ -96,13 +92,24 @@ class TrainOptions:
     """Steps between validations; each saves a checkpoint."""
     validation_excerpts: int | None = None
     """Excerpts that are validated on."""
+    save_every: int | None = None
+    """Save every so many steps, besides after validations; 0: not."""
     save_minutes: float | None = None
     """Save after so many minutes without a checkpoint."""
     keep: int | None = None
-    """Newest checkpoints kept, besides the best."""
+    """Newest checkpoints kept, besides the best and the milestones."""
+    milestone_every: int | None = None
+    """Save every so many steps and keep for good; 0: not."""
+    listen_every: int | None = None
+    """Steps between sounds and pictures in TensorBoard; 0: none. Needs --codec."""
+    codec: str | None = None
+    """To listen with: a codec file, or a model whose codec made the tokens."""
+    fine_model: str | None = None
+    """For listening to a coarse run: a fine run, or a model, that adds the other codebooks."""
 
 
-NOT_SETTINGS = {"out", "data", "stage", "preset", "resume"}
+ASKED = ("out", "data", "stage", "preset", "init_from", "codec", "fine_model")
+NOT_SETTINGS = {*ASKED, "resume", "new"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,89 +127,43 @@ def main(argv: list[str] | None = None) -> int:
     }
     settings["remat"] = options.remat or None  # not given: as the preset or the run has it
     try:
-        from vampnet_jax.training import loop
+        with loading():
+            from rich.console import Console
+
+            from vampnet_jax import devices
+            from vampnet_jax.training import begin, loop
     except ImportError as error:
         raise InputError(
             f"Training needs the package {error.name}; install vampnet-jax[train]."
         ) from error
-    from rich.console import Console
 
-    begin = _resumed if options.resume else _new
-    config, data = begin(options, settings)
-    finished = loop.train(config, data, options.out, Console())
-    return 0 if finished else STOPPED
-
-
-def _new(options: TrainOptions, settings: dict[str, Any]) -> "tuple[TrainConfig, TrainingData]":
-    """Resolve the settings of a new run, check its data and make its folder."""
-    from vampnet_jax.training import checkpoints
-    from vampnet_jax.training.config import preset_config
-    from vampnet_jax.training.loop import open_data
-    from vampnet_jax.training.tokens import read_codebooks, read_manifest
-
-    if options.data is None:
-        raise InputError("Give the folder of tokens to train from.")
-    if (options.out / checkpoints.CONFIG).exists():
-        raise InputError(
-            f"{options.out} already holds a run; add --resume to continue it, or choose another "
-            "folder with --out."
-        )
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise InputError(f"{options.out} is not empty; choose another folder with --out.")
-    manifest = read_manifest(options.data)
-    codebooks = read_codebooks(options.data, manifest.codec)
-    if settings["seed"] is None:
-        settings["seed"] = secrets.randbelow(2**31)
-    stage = options.stage or ("fine" if options.preset == "fine" else "coarse")
-    config = preset_config(
-        options.preset,
-        stage,
-        settings,
-        codec_codebooks=manifest.codec.n_codebooks,
-        codebook_size=manifest.codec.codebook_size,
-        latent_dim=codebooks.shape[2],
+    devices.keep_compiled_programs()  # a run that is continued starts sooner
+    request = begin.Request(**{name: getattr(options, name) for name in ASKED}, settings=settings)
+    run = _begin(request, options)
+    console = Console()
+    ending = loop.train(
+        run.config,
+        run.data,
+        options.out,
+        console,
+        initial=run.initial(),
+        listening=run.listening,
     )
-    data = open_data(config, options.data)
-    packages = ("vampnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
-    facts = {
-        "stage": stage,
-        "preset": options.preset,
-        "data": str(options.data.resolve()),
-        "codec": dataclasses.asdict(manifest.codec),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {options.out}: {error.strerror}") from error
-    checkpoints.write_run(options.out, config, facts)
-    return config, data
+    statuses = {loop.Ending.INTERRUPTED: INTERRUPTED, loop.Ending.TERMINATED: TRY_AGAIN}
+    return statuses.get(ending, OK)
 
 
-def _resumed(options: TrainOptions, settings: dict[str, Any]) -> "tuple[TrainConfig, TrainingData]":
-    """The settings of an existing run, with the few that may change."""
-    from vampnet_jax.training.checkpoints import read_run, write_run
-    from vampnet_jax.training.loop import open_data
+def _begin(request: "Request", options: TrainOptions) -> "Run":
+    """Continue the run in --out if there is one, else begin it; the flags may forbid either."""
+    from vampnet_jax.training import begin
 
-    config, facts = read_run(options.out)
-    given = {name: value for name, value in settings.items() if value is not None}
-    known = config.to_dict()
-    known |= known.pop("model")
-    for name, value in given.items():
-        if name not in MAY_CHANGE and known[name] != value:
+    if options.resume and options.new:
+        raise InputError("--resume and --new exclude each other.")
+    if options.resume or begin.holds_run(options.out):
+        if options.new:
             raise InputError(
-                f"{options.out} was begun with {name} {known[name]}; a resumed run cannot change "
-                f"it to {value}."
+                f"{options.out} already holds a run; leave --new out to continue it, or choose "
+                "another folder with --out."
             )
-    if options.stage not in (None, facts.get("stage")):
-        raise InputError(f"{options.out} trains the {facts.get('stage')} stage.")
-    changes = {name: value for name, value in given.items() if name in MAY_CHANGE}
-    config = dataclasses.replace(config, **changes)
-    folder = options.data or Path(str(facts.get("data")))
-    data = open_data(config, folder)
-    if data.manifest.codec.fingerprint != facts.get("codec", {}).get("fingerprint"):
-        raise InputError(
-            f"{options.out} was trained with another codec than that of the tokens in {folder}."
-        )
-    write_run(options.out, config, facts | {"data": str(folder.resolve())})
-    return config, data
+        return begin.continued(request)
+    return begin.new(request)

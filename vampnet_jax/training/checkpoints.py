@@ -2,6 +2,7 @@
 
 RUN/config.json            every setting of the run, its codec and its data
 RUN/checkpoints/<step>/    Orbax; a checkpoint is complete or not there at all
+RUN/damaged/<step>/        checkpoints that could not be read when the run continued
 RUN/log.jsonl              one line of metrics per report
 RUN/tensorboard/           the same for TensorBoard
 """
@@ -9,15 +10,23 @@ RUN/tensorboard/           the same for TensorBoard
 import functools
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import absl.logging
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    EveryNSteps,
+    LatestN,
+    PreservationPolicy,
+)
 
 from codec_bridge.atomic import atomic_write
 from codec_bridge.errors import InputError
@@ -60,84 +69,187 @@ def read_run(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
     return TrainConfig.from_dict(training), content
 
 
-class Checkpoints:
-    """The checkpoints of a run: the newest `keep` and the one with the best validation loss."""
+class Restored(NamedTuple):
+    """What a run continues from."""
 
-    def __init__(self, run: Path, keep: int) -> None:
+    state: TrainState
+    """`frozen` is empty: it is never saved."""
+    seconds: float
+    """Training time so far."""
+    damaged: dict[int, str]
+    """Newer checkpoints that could not be read, and why; they were moved to RUN/damaged."""
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Kept are the newest `keep`, the one of lowest validation loss, and every step that is a
+    multiple of `milestone_every`. Saving copies the state to the host and returns; files are
+    written meanwhile. A checkpoint gets its name when it is complete. With several processes all
+    must call `save`, `restore` and `close`, and all must see the same folder.
+
+    Args:
+      run: the run's folder.
+      keep: how many of the newest.
+      milestone_every: in steps; None keeps no milestones.
+      read_only: leave the folder as it is, since another process may be writing to it.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        milestone_every: int | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
         def goodness(metrics: Mapping[str, float]) -> float:
             return -metrics[LOSS]
 
-        policies = [
+        policies: list[PreservationPolicy] = [
             LatestN(n=keep),
             BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False),
         ]
+        if milestone_every:
+            policies.append(EveryNSteps(milestone_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=goodness,  # without it Orbax does not write the metrics down
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
+            enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         absl.logging.set_verbosity(absl.logging.ERROR)  # a warning for each save without a loss
-        self._manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+        self._run = run
+        self._folder = (run / "checkpoints").absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def best(self) -> int | None:
-        """The step of lowest validation loss; the newest if none was validated."""
-        losses = {step: self._loss(step) for step in self.steps}
-        return min(losses, key=lambda step: (losses[step], -step), default=None)
+    def by_loss(self) -> list[int]:
+        """Steps from the lowest validation loss to the highest; later ones first if not scored."""
+        return sorted(self.steps, key=lambda step: (self._loss(step), -step))
 
     def _loss(self, step: int) -> float:
-        return (self._manager.metrics(step) or {}).get(LOSS, math.inf)
+        try:
+            metrics = json.loads((self._folder / str(step) / "metrics" / "metrics").read_text())
+            return float(metrics[LOSS])
+        except (OSError, ValueError, KeyError, TypeError):  # not scored, or damaged
+            return math.inf
 
-    def save(self, state: TrainState, seconds: float, metrics: Mapping[str, float] | None) -> None:
-        """Save, with the training time so far and the validation metrics if just measured."""
+    def save(
+        self, step: int, state: TrainState, seconds: float, metrics: Mapping[str, float] | None
+    ) -> None:
+        """Begin to save; waits for the save before.
+
+        Args:
+          step: that of the state.
+          state: its buffers may be donated as soon as this returns.
+          seconds: the training time so far.
+          metrics: of validation, if just measured.
+
+        Raises:
+          OSError or ValueError: this save or the one before could not be written.
+        """
         self._manager.save(
-            int(state.step),
+            step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave({"seconds": seconds})
+                state=ocp.args.PyTreeSave(_saved_part(state)),
+                progress=ocp.args.JsonSave({"seconds": seconds}),
             ),
             metrics=dict(metrics) if metrics else None,
             force=True,
         )
 
-    def restore(self, config: TrainConfig) -> tuple[TrainState, float] | None:
-        """The newest state and the training time so far; None if there is no checkpoint."""
-        if not self.steps:
-            return None
-        state = _abstract_state(config)
+    def check(self) -> None:
+        """Raise the error of a save in the background, if it has failed."""
+        self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Wait until what was saved is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, config: TrainConfig, shardings: TrainState | None = None) -> Restored | None:
+        """The newest state that can be read; None if there is no checkpoint.
+
+        Args:
+          config: of the run.
+          shardings: where each array goes, a tree like the state's; any mesh of any size, whatever
+            the run was saved on. None: everything on the first device.
+
+        Raises:
+          InputError: there are checkpoints and none can be read.
+        """
+        wanted = _abstract_state(config, shardings)
+        problems: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                state, seconds = self._read(step, wanted)
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                problems[step] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                continue
+            self._set_aside(list(problems))
+            return Restored(state, seconds, problems)
+        if problems:
+            newest = max(problems)
+            raise InputError(
+                f"No checkpoint in {self._folder} can be read (step {newest}: {problems[newest]}); "
+                "nothing was changed. Restore the folder from a copy, or train anew with another "
+                "--out."
+            )
+        return None
+
+    def _read(self, step: int, wanted: TrainState) -> tuple[TrainState, float]:
+        part = _saved_part(wanted)
         arguments = ocp.args.PyTreeRestore(
-            state, restore_args=ocp.checkpoint_utils.construct_restore_args(state)
+            part,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+            partial_restore=True,
         )
         restored = self._manager.restore(
-            self.steps[-1],
-            args=ocp.args.Composite(state=arguments, progress=ocp.args.JsonRestore()),
+            step, args=ocp.args.Composite(state=arguments, progress=ocp.args.JsonRestore())
         )
-        return restored["state"], float(restored["progress"]["seconds"])
+        return wanted._replace(**restored["state"]), float(restored["progress"]["seconds"])
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move damaged checkpoints away, so that their steps can be saved again."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._run / "damaged" / str(step)
+                target.parent.mkdir(exist_ok=True)
+                while target.exists():
+                    target = target.with_name(f"{target.name}-again")
+                (self._folder / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
 
     def restore_params(self, config: TrainConfig, step: int) -> Params:
-        """The weights to use: the moving average where one is kept."""
-        state = _abstract_state(config)
+        """The weights to use: the moving average where one is kept; adapters for a LoRA run."""
+        wanted = _saved_part(_abstract_state(config, None))
         kept = "ema" if config.ema_decay else "params"
-        wanted = {kept: getattr(state, kept), "codebooks": state.codebooks}
+        part = {kept: wanted[kept], "codebooks": wanted["codebooks"]}
         arguments = ocp.args.PyTreeRestore(
-            wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            part,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(part),
             partial_restore=True,
         )
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
         return with_codebooks(restored[kept], restored["codebooks"])
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for what is being written; then release the threads."""
         self._manager.close()
 
 
 def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Params, ModelConfig]:
-    """The weights of a training run, for sampling.
+    """The weights of a training run, for sampling; the run may be under way.
 
     Args:
       run_dir: the folder that `vampnet train --out` wrote.
@@ -149,31 +261,47 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Params, M
       and the model's configuration.
 
     Raises:
-      InputError: no run, no checkpoint, or no such step.
+      InputError: no run, no checkpoint that can be read, or no such step.
     """
     run = Path(run_dir)
     config, _ = read_run(run)
-    checkpoints = Checkpoints(run, config.keep)
+    if not (run / "checkpoints").is_dir():
+        raise InputError(f"{run} has no checkpoint yet; train for longer.")
+    checkpoints = Checkpoints(run, config.keep, read_only=True)
     steps = checkpoints.steps
     if not steps:
         raise InputError(f"{run} has no checkpoint yet; train for longer.")
     if step is not None and step not in steps:
         raise InputError(f"{run} has no checkpoint of step {step}; it has {steps}.")
-    chosen = checkpoints.best() if step is None else step
-    assert chosen is not None
     try:
-        return checkpoints.restore_params(config, chosen), config.model
+        for chosen in checkpoints.by_loss() if step is None else [step]:
+            try:
+                return checkpoints.restore_params(config, chosen), config.model
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                warnings.warn(f"{run}: checkpoint {chosen} cannot be read ({error})", stacklevel=2)
+        which = "No checkpoint" if step is None else f"Checkpoint {step}"
+        raise InputError(f"{which} of {run} can be read; train on, or restore it from a copy.")
     finally:
         checkpoints.close()
 
 
-def _abstract_state(config: TrainConfig) -> TrainState:
-    """Shapes of the state, on one device."""
+def _saved_part(state: TrainState) -> dict[str, Any]:
+    """The fields that a checkpoint holds: what a step changes, and the codebooks."""
+    fields = {name: value for name, value in state._asdict().items() if name != "frozen"}
+    return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+
+
+def _abstract_state(config: TrainConfig, shardings: TrainState | None) -> TrainState:
+    """Shapes and places of the state."""
     model = config.model
     shape = (model.n_codebooks, model.vocab_size, model.latent_dim)
     codebooks = jax.ShapeDtypeStruct(shape, jnp.float32)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = jax.eval_shape(functools.partial(init_state, config), codebooks)
+    if shardings is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: one, state)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(functools.partial(init_state, config), codebooks),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings._replace(frozen=state.frozen),
     )

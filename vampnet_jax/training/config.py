@@ -25,6 +25,9 @@ class TrainConfig:
     seed: int = 0
     """Decides initial parameters, excerpts, masks and dropout."""
     batch_size: int = 25
+    """Examples per step, over all devices."""
+    accumulate: int = 1
+    """Equal parts that a batch is computed in, one after the other: less memory, the same step."""
     window_seconds: float = 10.0
     """Length of an excerpt."""
     min_loudness: float = -30.0
@@ -50,32 +53,41 @@ class TrainConfig:
     validate_every: int = 1000
     """Steps between validations; each saves a checkpoint."""
     validation_excerpts: int = 64
-    save_every: int | None = None
-    """Steps between checkpoints, besides those of validations; None saves no others."""
+    save_every: int = 0
+    """Steps between checkpoints, besides those of validations; 0 saves no others."""
     save_minutes: float = 10.0
     """A checkpoint is also saved after so many minutes without one."""
     keep: int = 2
     """Newest checkpoints kept, besides the best."""
-    milestone_every: int | None = None
-    """Checkpoints of multiples of this step are saved and kept for good; None keeps none."""
-    skip_spikes: float | None = None
-    """Skip steps whose gradient's norm is not finite or so many times its running mean."""
-    listen_every: int | None = None
-    """Steps between sounds and pictures for TensorBoard; None makes none."""
+    milestone_every: int = 0
+    """Checkpoints of multiples of this step are saved and kept for good; 0 keeps none."""
+    skip_spikes: float = 0.0
+    """Skip steps whose gradient is not finite or so many times as large as usual; 0: none."""
+    listen_every: int = 0
+    """Steps between sounds and pictures for TensorBoard; 0 makes none."""
 
     def __post_init__(self) -> None:
         at_least = {
             "batch_size": 1,
+            "accumulate": 1,
             "warmup_steps": 0,
             "log_every": 1,
             "validate_every": 1,
             "validation_excerpts": 1,
             "keep": 1,
+            "save_every": 0,
+            "milestone_every": 0,
+            "listen_every": 0,
             "seed": 0,
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"batch_size {self.batch_size} cannot be accumulated in {self.accumulate} equal "
+                "parts; choose a multiple."
+            )
         above_zero = ("window_seconds", "learning_rate", "gradient_clip", "save_minutes")
         for name in above_zero:
             if not 0 < getattr(self, name) < math.inf:
@@ -91,12 +103,13 @@ class TrainConfig:
             raise InputError(f"schedule is {self.schedule!r}; choose noam, cosine or constant.")
         if self.steps is None and self.minutes is None:
             raise InputError("Give --steps, --minutes or both, so that training ends.")
-        for name in ("steps", "minutes", "save_every", "milestone_every", "listen_every"):
+        for name in ("steps", "minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
-
-        if self.skip_spikes is not None and not 1 < self.skip_spikes < math.inf:
-            raise InputError(f"skip_spikes is {self.skip_spikes}; it must be above 1.")
+        if self.skip_spikes and not 1 < self.skip_spikes < math.inf:
+            raise InputError(
+                f"skip_spikes is {self.skip_spikes}; it must be above 1, or 0 for off."
+            )
 
     def done(self, step: int, seconds: float) -> float:
         """Share of the run that is done, by steps or by time, whichever is further."""

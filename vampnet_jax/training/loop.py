@@ -2,35 +2,48 @@
 
 import collections
 import functools
+import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from codec_bridge.errors import InputError
+from vampnet_jax.model import Params
+from vampnet_jax.training import flops
 from vampnet_jax.training.checkpoints import Checkpoints
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.excerpts import RandomExcerpts, choose_tracks, long_enough
+from vampnet_jax.training.faults import Ending, StopRequests, reading, stop_requests, writing
+from vampnet_jax.training.frequencies import kept_frequencies
+from vampnet_jax.training.listening import Listening, ListeningOptions, on_one_device
 from vampnet_jax.training.log import RunLog
-from vampnet_jax.training.step import TrainState, init_state, model_params, train_step
+from vampnet_jax.training.meter import Meter
+from vampnet_jax.training.step import (
+    TrainState,
+    init_state,
+    model_params,
+    train_step,
+    without_codebooks,
+)
 from vampnet_jax.training.tokens import Manifest, TrackReader, read_codebooks, read_manifest
-from vampnet_jax.training.validation import Validation, token_frequencies
+from vampnet_jax.training.validation import Validation
 
-Totals = dict[str, list[float]]
+SKIPS_IN_A_ROW = 50
+"""After so many steps that changed nothing (`skip_spikes`) the run is lost."""
 
 
 class TrainingData(NamedTuple):
     """The token folder that a run reads."""
 
+    folder: Path
     manifest: Manifest
     codebooks: np.ndarray
     """float32 `[C, V, d]`."""
@@ -55,6 +68,7 @@ def open_data(config: TrainConfig, folder: Path) -> TrainingData:
     tracks, too_short = long_enough(choose_tracks(manifest, "train"), window, "training")
     held_out = [t for t in choose_tracks(manifest, "validation") if t.frames >= window]
     return TrainingData(
+        folder=folder,
         manifest=manifest,
         codebooks=codebooks,
         window=window,
@@ -64,23 +78,35 @@ def open_data(config: TrainConfig, folder: Path) -> TrainingData:
     )
 
 
-def train(config: TrainConfig, data: TrainingData, run: Path, console: Console) -> bool:
+def train(
+    config: TrainConfig,
+    data: TrainingData,
+    run: Path,
+    console: Console,
+    *,
+    initial: Callable[[], Params] | None = None,
+    listening: ListeningOptions | None = None,
+) -> Ending:
     """Train until the steps or minutes of the configuration are used up.
 
-    Continues from the newest checkpoint in `run` if there is one: with the same data and
-    randomness as if it had never stopped.
+    Continues from the newest checkpoint in `run` that can be read, if there is one: with the same
+    data and randomness as if it had never stopped.
 
     Args:
       config: all settings.
       data: tokens of the codec that the configuration fits.
       run: an existing folder; checkpoints and logs go there.
       console: where progress is shown.
+      initial: loads weights to begin with, as `vampnet_jax.apply` takes them, if there is no
+        checkpoint yet; None begins at random.
+      listening: what to make sounds with, where the configuration asks for them.
 
     Returns:
-      Whether training finished; False if Ctrl-C or SIGTERM ended it, after saving.
+      Whether training finished or was asked to stop; in every case its state is saved.
 
     Raises:
-      InputError: damaged data, another codec than before, or a loss that is not finite.
+      InputError: damaged or vanished data, another codec than before, a folder that cannot be
+        written to, or a loss that is not finite.
     """
     # --- data
     model, window = config.model, data.window
@@ -94,36 +120,67 @@ def train(config: TrainConfig, data: TrainingData, run: Path, console: Console) 
             data.validation, model, window, config.validation_excerpts, config.batch_size
         )
 
+    listener = None
+    if config.listen_every and data.validation and jax.process_index() == 0:
+        options = listening or ListeningOptions()
+        listener = Listening(options, config, data.validation, window)
+
     # --- state
-    frequencies = token_frequencies(data.train)
-    checkpoints = Checkpoints(run, config.keep)
+    with reading(data.folder):
+        frequencies = kept_frequencies(run, data.train)
+    checkpoints = Checkpoints(run, config.keep, config.milestone_every)
     restored = checkpoints.restore(config)
     if restored is None:
         start = jax.jit(init_state, static_argnums=0)
         state = start(config, jnp.asarray(data.codebooks), jnp.asarray(frequencies, jnp.float32))
+        if initial is not None:
+            state = with_weights(state, initial())
         seconds_before = 0.0
     else:
-        state, seconds_before = restored
+        state, seconds_before = restored.state, restored.seconds
         if not np.array_equal(state.codebooks, data.codebooks[: model.n_codebooks]):
             raise InputError(f"{run} was trained with another codec than these tokens.")
-    _announce(config, state, data, console)
+        for step, problem in restored.damaged.items():
+            console.print(
+                f"warning: checkpoint {step} is damaged ({problem}) and was moved to "
+                f"{run / 'damaged'}; an older one is used",
+                soft_wrap=True,
+            )
 
     # --- loop
-    trainer = _Loop(config, state, seconds_before, validation, checkpoints)
-    batches.set_state({"next_index": int(state.step)})
-    with RunLog(run, console, int(state.step)) as log, _stop_signals() as stop:
+    peak = flops.peak(config)
+    _announce(config, state, data, peak, console)
+    step_now = int(state.step)
+    batches.set_state({"next_index": step_now})
+    tokens_per_step = config.batch_size * model.n_codebooks * window
+    meter = Meter(tokens_per_step, flops.step_flops(config, window), peak.flops)
+    quiet = jax.process_index() != 0
+    with RunLog(run, console, step_now, quiet=quiet) as log, stop_requests() as wanted:
+        log.write_text("configuration", f"```json\n{json.dumps(config.to_dict(), indent=1)}\n```")
+        trainer = _Loop(config, data, run, state, seconds_before, checkpoints, log, meter)
+        trainer.validation, trainer.listener = validation, listener
         if validation:
             unigram = validation.score_unigram(frequencies)
             log.write(trainer.step, {f"unigram/{k}": v for k, v in unigram.items()})
             log.say(f"to beat: {unigram['log_loss']:.3f} nats, from token frequencies alone")
         try:
-            finished = trainer.run(batches, log, stop)
+            ending = trainer.run_until_done(batches, wanted)
+            with writing(run):
+                checkpoints.wait()
         finally:
             checkpoints.close()
-    return finished
+    return ending
 
 
-def _announce(config: TrainConfig, state: TrainState, data: TrainingData, console: Console) -> None:
+def with_weights(state: TrainState, params: Params) -> TrainState:
+    """A state before the first step that begins with given weights."""
+    chosen = without_codebooks(params)
+    return state._replace(params=chosen, ema=jax.tree.map(jnp.copy, chosen) if state.ema else {})
+
+
+def _announce(
+    config: TrainConfig, state: TrainState, data: TrainingData, peak: flops.Peak, console: Console
+) -> None:
     """Say what is trained on what."""
     n_params = sum(x.size for x in jax.tree.leaves(state.params))
     hours = sum(track.seconds for track in data.train.tracks) / 3600
@@ -133,6 +190,7 @@ def _announce(config: TrainConfig, state: TrainState, data: TrainingData, consol
         f"h; {held_out} validation tracks; seed {config.seed}; from step {int(state.step)}",
         soft_wrap=True,
     )
+    console.print(f"MFU is the share of {peak.source}", soft_wrap=True)
     if data.too_short:
         console.print(
             f"{data.too_short} training tracks shorter than {data.window} frames: left out"
@@ -142,124 +200,165 @@ def _announce(config: TrainConfig, state: TrainState, data: TrainingData, consol
 
 
 class _Loop:
-    """Steps, and between them logs, validations and checkpoints."""
+    """Steps, and between them logs, validations and checkpoints.
+
+    A step is started before the metrics of the one before are read, so that devices never wait
+    for the host; all metrics are read before a state is saved, so that no bad state ever is.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
+        data: TrainingData,
+        run: Path,
         state: TrainState,
         seconds_before: float,
-        validation: Validation | None,
         checkpoints: Checkpoints,
+        log: RunLog,
+        meter: Meter,
     ) -> None:
         self.config = config
+        self.data = data
+        self.run = run
         self.state = state
         self.step = int(state.step)
-        self.validation = validation
+        self.validation: Validation | None = None
+        self.listener: Listening | None = None
         self.checkpoints = checkpoints
-        self.started = time.monotonic() - seconds_before
-        self.saved_at = time.monotonic()
-        self.saved_step = self.step
+        self.log = log
+        self.meter = meter
+        self.clock = _Clock(seconds_before)
+        self.saved_seconds, self.saved_step = seconds_before, self.step
+        self.unread: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.skipped_in_a_row = 0
         self.take_step = jax.jit(
             functools.partial(train_step, config=config), donate_argnames="state"
         )
 
-    @property
-    def seconds(self) -> float:
-        """Training time of the run so far."""
-        return time.monotonic() - self.started
-
-    def run(self, batches: Iterator[np.ndarray], log: RunLog, stop: threading.Event) -> bool:
+    def run_until_done(self, batches: Iterator[np.ndarray], wanted: StopRequests) -> Ending:
         config = self.config
-        totals: Totals = collections.defaultdict(list)
-        since, waited = time.monotonic(), 0.0
-        while (done := config.done(self.step, self.seconds)) < 1:
-            if stop.is_set():
-                self.save(None)
-                log.say(f"stopped after step {self.step}; continue with --resume")
-                return False
-            asked = time.monotonic()
-            tokens = next(batches)
-            waited += time.monotonic() - asked
+        listens = config.listen_every
+        while (done := config.done(self.step, self.clock.seconds)) < 1:
+            ending = wanted(self.step)
+            if ending is not None:
+                self.save()
+                self.log.say(f"stopped after step {self.step}; the same command continues")
+                return ending
+            tokens = self.next_batch(batches)
             self.state, metrics = self.take_step(self.state, tokens, np.float32(done))
             self.step += 1
-            self.collect(totals, metrics)
+            self.unread.append((self.step, metrics))
+            self.read_metrics(behind=1)
             if self.step % config.log_every == 0:
-                elapsed = time.monotonic() - since
-                averages = {name: _mean(values) for name, values in totals.items()}
-                averages["steps/s"] = len(totals["loss"]) / elapsed
-                averages["tokens/s"] = averages["steps/s"] * tokens.size
-                averages["waiting for data"] = waited / elapsed
-                log.write(self.step, {f"train/{k}": v for k, v in averages.items()})
-                log.show(self.step, averages, done)
-                totals.clear()
-                since, waited = time.monotonic(), 0.0
+                self.clock.agree()
             if self.step % config.validate_every == 0:
-                before = time.monotonic()
-                self.validate_and_save(log)
-                since += time.monotonic() - before
-            elif time.monotonic() - self.saved_at > 60 * config.save_minutes:
-                self.save(None)
+                self.validate_and_save()
+            elif self.save_is_due():
+                self.save()
+            if self.data.validation and listens and self.step % listens == 0:
+                self.listen()
         if self.saved_step != self.step:
-            self.validate_and_save(log)
-        log.say(f"finished after step {self.step}, {self.seconds / 60:.1f} minutes")
-        return True
+            self.validate_and_save()
+        self.log.say(f"finished after step {self.step}, {self.clock.seconds / 60:.1f} minutes")
+        return Ending.FINISHED
 
-    def collect(self, totals: Totals, metrics: dict[str, jax.Array]) -> None:
-        """Add a step's metrics; this waits for the step."""
-        values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            kept = self.checkpoints.steps
-            last = f"the last good state is step {kept[-1]}" if kept else "nothing was saved yet"
-            raise InputError(
-                f"The loss or its gradient is not a finite number at step {self.step}; {last}. "
-                f"Try a learning rate below {self.config.learning_rate:g}."
-            )
-        for name, value in values.items():
-            totals[name].append(value)
+    def next_batch(self, batches: Iterator[np.ndarray]) -> np.ndarray:
+        try:
+            with self.meter.waiting("data"), reading(self.data.folder):
+                return next(batches)
+        except InputError:
+            if jax.process_count() == 1:  # the others do not know
+                self.save()
+            raise
 
-    def validate_and_save(self, log: RunLog) -> None:
+    def read_metrics(self, *, behind: int) -> None:
+        """Read the metrics of all steps but the newest `behind`; waits for those steps."""
+        while len(self.unread) > behind:
+            step, metrics = self.unread.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.check_finite(step, values)
+            self.meter.add({n: v if math.isfinite(v) else math.nan for n, v in values.items()})
+            if step % self.config.log_every == 0:
+                averages = self.meter.report()
+                self.log.write(step, {f"train/{k}": v for k, v in averages.items()})
+                self.log.show(step, averages, self.config.done(step, self.clock.seconds))
+                with writing(self.run):
+                    self.checkpoints.check()
+
+    def check_finite(self, step: int, values: dict[str, float]) -> None:
+        if values.get("skipped"):
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row < SKIPS_IN_A_ROW:
+                return
+            problem = f"The last {SKIPS_IN_A_ROW} steps up to {step} were all skipped as spikes"
+        else:
+            self.skipped_in_a_row = 0
+            needed = ("loss", "gradient_norm", "parameter_norm")
+            if all(math.isfinite(values[name]) for name in needed):
+                return
+            problem = f"The loss or its gradient is not a finite number at step {step}"
+        kept = self.checkpoints.steps
+        last = f"the last good state is step {kept[-1]}" if kept else "nothing was saved yet"
+        raise InputError(
+            f"{problem}; {last}. Try a learning rate below {self.config.learning_rate:g}."
+        )
+
+    def validate_and_save(self) -> None:
         if self.validation is None:
-            self.save(None)
+            self.save()
             return
-        scores = self.validation.score(model_params(self.state, self.config))
+        self.read_metrics(behind=0)
+        with self.meter.paused():
+            scores = self.validation.score(model_params(self.state, self.config))
         scores = {f"validation/{name}": value for name, value in scores.items()}
-        log.write(self.step, scores)
+        self.log.write(self.step, scores)
         by_source = "  ".join(
             f"{name.rsplit('/', 1)[1]} {value:.3f}"
             for name, value in scores.items()
             if name.startswith("validation/log_loss/")
         )
-        log.say(f"step {self.step}  validation {scores['validation/log_loss']:.4f}  {by_source}")
+        loss = scores["validation/log_loss"]
+        self.log.say(f"step {self.step}  validation {loss:.4f}  {by_source}")
         self.save(scores)
 
-    def save(self, scores: dict[str, float] | None) -> None:
+    def listen(self) -> None:
+        self.read_metrics(behind=0)
+        with self.meter.paused():
+            params = on_one_device(model_params(self.state, self.config))
+            if self.listener is not None:
+                self.listener.listen(self.step, params, self.log)
+
+    def save_is_due(self) -> bool:
+        config = self.config
+        every = (config.save_every, config.milestone_every)
+        if any(steps and self.step % steps == 0 for steps in every):
+            return True
+        return self.clock.seconds - self.saved_seconds > 60 * config.save_minutes
+
+    def save(self, scores: dict[str, float] | None = None) -> None:
         if self.saved_step == self.step:
             return
-        self.checkpoints.save(self.state, self.seconds, scores)
-        self.saved_at, self.saved_step = time.monotonic(), self.step
+        self.read_metrics(behind=0)
+        with self.meter.waiting("checkpoints"), writing(self.run):
+            self.checkpoints.save(self.step, self.state, self.clock.seconds, scores)
+        self.saved_seconds, self.saved_step = self.clock.seconds, self.step
 
 
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+class _Clock:
+    """Training time of the run so far, the same in all processes: what hangs on it must agree."""
 
+    def __init__(self, seconds_before: float) -> None:
+        self._started = time.monotonic() - seconds_before
+        self._agreed = seconds_before
+        self._several = jax.process_count() > 1
 
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second Ctrl-C interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+    @property
+    def seconds(self) -> float:
+        """With several processes the time of process 0 when they last agreed."""
+        return self._agreed if self._several else time.monotonic() - self._started
 
-    def ask(number: int, frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def agree(self) -> None:
+        """Take over the time of process 0; all processes must call this after the same step."""
+        if self._several:
+            now = np.float32(time.monotonic() - self._started)
+            self._agreed = float(multihost_utils.broadcast_one_to_all(now))

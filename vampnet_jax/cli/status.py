@@ -1,0 +1,43 @@
+"""Exit statuses of every command, and what Ctrl-C does while a command still loads its modules."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+OK = 0
+FAILED_CHECK = 1
+"""The command worked and its answer is no."""
+USER_ERROR = 2
+"""Bad input; one sentence on standard error says what to do."""
+TRY_AGAIN = 75
+"""Asked to terminate (SIGTERM, preemption) and everything saved: run the same command again.
+
+It is EX_TEMPFAIL of sysexits.h.
+"""
+INTERRUPTED = 130
+"""Ctrl-C, as shells have it."""
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """A context for imports: Ctrl-C ends the process at once.
+
+    An exception could come up anywhere inside a library that is half imported, which then reports
+    an error of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
