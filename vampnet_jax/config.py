@@ -1,9 +1,11 @@
 """The dimensions of a model, and how it computes."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from codec_bridge.errors import InputError
+
+Remat = Literal["none", "attention", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,10 @@ class ModelConfig:
     """d, width of one codebook vector."""
     dropout: float = 0.1
     """Share of activations dropped in training (when a dropout key is given)."""
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, more time."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it: less memory, more time.
+    `none`; `attention`: what is as large as frames × frames; `dots`: all but the blocks' products
+    with weights; `full`: all of each block. A bool, as older files have it, is none or full."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrix products compute in; norms, softmax and logits are float32 always."""
     attention: Literal["xla", "cudnn"] = "xla"
@@ -64,6 +68,12 @@ class ModelConfig:
             )
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout!r}; it must be from 0 to below 1.")
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
+        if self.remat not in get_args(Remat):
+            raise InputError(
+                f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}."
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype is {self.dtype!r}; choose float32 or bfloat16.")
         if self.attention not in ("xla", "cudnn"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.transformer import VampNet
+from vampnet_jax.transformer import Placement, VampNet, dropout_seeds
 
 Params = dict
 """Nested dict of float32 arrays."""
@@ -52,7 +52,8 @@ def apply(
       params: as `init` returns, perhaps with LoRA adapters that `vampnet_jax.lora.attach` added.
       tokens: int32 `[B, C, T]`, ids 0 … V−1, or V for MASK.
       config: the model's dimensions.
-      dropout_key: switches dropout on (training).
+      dropout_key: switches dropout on (training): one key (example b uses fold_in(key, b)) or B
+        keys.
 
     Returns:
       float32 `[B, Cp, T, V]`.
@@ -73,8 +74,37 @@ def frame_major_logits(
 
     `bias` is what `position_bias` returns, for callers that use it more than once.
     """
+    x = frame_features(params, tokens, config, bias=bias, dropout_key=dropout_key)
+    return frame_logits(params, x, config)
+
+
+def frame_features(
+    params: Params,
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    bias: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    place: Placement = lambda x: x,
+) -> jax.Array:
+    """What the head sees: `[B, T, D]`, the first half of `frame_major_logits`.
+
+    Args:
+      params, tokens, config, bias: as there.
+      dropout_key: one key (example b uses fold_in(key, b)) or B keys; an example's dropout does
+        not depend on the batch around it.
+      place: says where activations lie on the devices; gets arrays `[B, …]`.
+    """
     adapters = params.get("adapters", {})
-    return _module(params, config)(tokens, config, bias, dropout_key, adapters)
+    seeds = None
+    if dropout_key is not None:
+        seeds = dropout_seeds(dropout_key, tokens.shape[0], config)
+    return _module(params, config)(tokens, config, bias, seeds, adapters, place)
+
+
+def frame_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """The head alone: `frame_features` of any frames `[B, T, D]` → float32 `[B, T, Cp, V]`."""
+    return _module(params, config).head(x)
 
 
 def position_bias(params: Params, n_frames: int, config: ModelConfig) -> jax.Array:

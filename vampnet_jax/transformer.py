@@ -4,6 +4,9 @@ Letters in shapes and einsums: B batch, T frames (queries t, keys s), C codebook
 V codes, d latent width, D width, H heads, K width of a head, F hidden width of the feed-forward.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,8 @@ from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.lora import Adapters
 
+Placement = Callable[[jax.Array], jax.Array]
+"""Identity that may say where an array `[B, …]` lies on the devices."""
 RMS_EPSILON = 1e-6
 POSITION_BUCKETS = 32
 """Rows of the relative-position table: half for keys before the query, half for keys after."""
@@ -49,12 +54,47 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return (y * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a share `rate` of x and scale up the rest; without a key, x itself."""
-    if key is None or rate == 0.0:
+def dropout_seeds(key: jax.Array, batch: int, config: ModelConfig) -> jax.Array:
+    """Seeds of every dropout of every example: uint32 `[L, 4, B, 2]`.
+
+    Args:
+      key: one key (example b uses fold_in(key, b)) or B keys.
+      batch: B.
+      config: gives L.
+    """
+    keys = key
+    if key.ndim == 0:
+        keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch))
+    shape = (config.n_layers, 4, 2)
+    return jnp.moveaxis(jax.vmap(lambda k: jax.random.bits(k, shape))(keys), 0, 2)
+
+
+def dropout(x: jax.Array, rate: float, seed: jax.Array | None) -> jax.Array:
+    """Zero a share `rate` of x `[B, …]` and scale up the rest; without a seed, x itself.
+
+    Which values are zeroed is a hash (the last step of MurmurHash3, twice) of the example's seed,
+    uint32 `[B, 2]`, and the position within the example: the same however the batch is divided,
+    and a tenth of the work of JAX's generator, which is felt where a draw is needed for each pair
+    of frames.
+    """
+    if seed is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    first, second = (seed[:, n].reshape(-1, *[1] * (x.ndim - 1)) for n in range(2))
+    position = lax.broadcasted_iota(jnp.uint32, (1, *x.shape[1:]), x.ndim - 1)
+    stride = x.shape[-1]
+    for axis in range(x.ndim - 2, 0, -1):
+        index = lax.broadcasted_iota(jnp.uint32, (1, *x.shape[1:]), axis)
+        position, stride = position + np.uint32(stride) * index, stride * x.shape[axis]
+    draw = _mix(_mix(position + first) ^ second)
+    keep = draw >= np.uint32(round(rate * 2**32))
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """Every bit of the input changes every bit of the output half of the time: uint32 → uint32."""
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
 
 
 class Embedding(nnx.Module):
@@ -106,18 +146,18 @@ class Block(nnx.Module):
         x: jax.Array,
         bias: jax.Array,
         config: ModelConfig,
-        key: jax.Array | None,
+        seeds: jax.Array | None,
         adapters: Adapters,
     ) -> jax.Array:
-        """Transform `[B, T, D]`; bias is `[H, T, T]`, key switches dropout on."""
-        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+        """Transform `[B, T, D]`; bias is `[H, T, T]`, seeds `[4, B, 2]` switch dropout on."""
+        seed = (None,) * 4 if seeds is None else seeds
         rate = config.dropout
         normal = rms_norm(x, self.attention_norm[...])
-        attended = self.attend(normal, bias, config, keys[0], adapters)
-        x = x + dropout(attended, rate, keys[1])
+        attended = self.attend(normal, bias, config, seed[0], adapters)
+        x = x + dropout(attended, rate, seed[1])
         normal = rms_norm(x, self.feed_forward_norm[...])
-        fed = self.feed_forward(normal, rate, keys[2], adapters)
-        return x + dropout(fed, rate, keys[3])
+        fed = self.feed_forward(normal, rate, seed[2], adapters)
+        return x + dropout(fed, rate, seed[3])
 
     def project(self, letters: str, x: jax.Array, name: str, adapters: Adapters) -> jax.Array:
         """Multiply by a weight, to which an adapter may add A·B (`vampnet_jax.lora`)."""
@@ -132,7 +172,7 @@ class Block(nnx.Module):
         x: jax.Array,
         bias: jax.Array,
         config: ModelConfig,
-        key: jax.Array | None,
+        seed: jax.Array | None,
         adapters: Adapters,
     ) -> jax.Array:
         """Bidirectional attention with a relative-position bias; no biases in projections."""
@@ -144,21 +184,37 @@ class Block(nnx.Module):
                 q, k, v, bias=bias[None].astype(x.dtype), implementation="cudnn"
             )
         else:
-            q = q / np.sqrt(config.head_dim).astype(q.dtype)
-            scores = jnp.einsum("BtHK,BsHK->BHts", q, k, preferred_element_type=jnp.float32)
-            weights = jax.nn.softmax(scores + bias[None].astype(jnp.float32), axis=-1)
-            weights = dropout(weights, config.dropout, key).astype(x.dtype)
-            mixed = jnp.einsum("BHts,BsHK->BtHK", weights, v)
+            mix = functools.partial(mix_values, rate=config.dropout)
+            if config.remat == "attention":
+                mix = jax.checkpoint(mix, prevent_cse=False)
+            mixed = mix(q, k, v, bias, seed)
         return self.project("BTHK,HKD->BTD", mixed, "out", adapters)
 
     def feed_forward(
-        self, x: jax.Array, rate: float, key: jax.Array | None, adapters: Adapters
+        self, x: jax.Array, rate: float, seed: jax.Array | None, adapters: Adapters
     ) -> jax.Array:
         """Gated GELU (Shazeer 2020): a · gelu(b)."""
         hidden = self.project("BTD,DgF->BTgF", x, "up", adapters)
         hidden = hidden[:, :, 0] * jax.nn.gelu(hidden[:, :, 1], approximate=True)
-        hidden = dropout(hidden, rate, key)
+        hidden = dropout(hidden, rate, seed)
         return self.project("BTF,FD->BTD", hidden, "down", adapters)
+
+
+def mix_values(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array,
+    seed: jax.Array | None,
+    *,
+    rate: float,
+) -> jax.Array:
+    """Values `[B, T, H, K]` averaged by attention: softmax(q·k / √K + bias), in float32."""
+    q = q / np.sqrt(q.shape[-1]).astype(q.dtype)
+    scores = jnp.einsum("BtHK,BsHK->BHts", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + bias[None].astype(jnp.float32), axis=-1)
+    weights = dropout(weights, rate, seed).astype(v.dtype)
+    return jnp.einsum("BHts,BsHK->BtHK", weights, v)
 
 
 class Head(nnx.Module):
@@ -201,27 +257,30 @@ class VampNet(nnx.Module):
         self,
         tokens: jax.Array,
         config: ModelConfig,
-        bias: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        adapters: Adapters | None = None,
+        bias: jax.Array | None,
+        seeds: jax.Array | None,
+        adapters: Adapters,
+        place: Placement,
     ) -> jax.Array:
-        """Tokens int32 `[B, C, T]` → logits float32 `[B, T, Cp, V]`."""
-        if dropout_key is not None and config.attention == "cudnn" and config.dropout > 0:
+        """Tokens int32 `[B, C, T]` → what the head sees, `[B, T, D]`."""
+        if seeds is not None and config.attention == "cudnn" and config.dropout > 0:
             raise InputError(
                 "cuDNN attention has no dropout on its weights; train with attention 'xla', or "
                 "with dropout 0."
             )
         if bias is None:
             bias = self.bias_of_frames(tokens.shape[-1])
-        x = self.embedding(tokens, jnp.dtype(config.dtype))
-        keys = None if dropout_key is None else jax.random.split(dropout_key, config.n_layers)
+        x = place(self.embedding(tokens, jnp.dtype(config.dtype)))
         graphdef, stacked = nnx.split(self.blocks)
 
         def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-            params, key, pairs = layer
-            return nnx.merge(graphdef, params)(x, bias, config, key, pairs), None
+            params, seeds, pairs = layer
+            return place(nnx.merge(graphdef, params)(x, bias, config, seeds, pairs)), None
 
-        if config.remat:
+        if config.remat == "dots":
+            saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            step = jax.checkpoint(step, prevent_cse=False, policy=saved)
+        elif config.remat == "full":
             step = jax.checkpoint(step, prevent_cse=False)
-        x, _ = lax.scan(step, x, (stacked, keys, adapters or {}))
-        return self.head(rms_norm(x, self.norm[...]))
+        x, _ = lax.scan(step, x, (stacked, seeds, adapters))
+        return rms_norm(x, self.norm[...])

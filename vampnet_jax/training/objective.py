@@ -1,5 +1,7 @@
 """What is learnt: to name masked tokens (VampNet, section 3.2 and MaskGIT, section 3.1)."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -7,9 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.model import Params, frame_major_logits
+from vampnet_jax.model import Params, frame_features, frame_logits
 
 TOP_K = 25
+LOGIT_BYTES = 2**27
+"""Logits that a device holds at once while the loss is computed; more are computed in parts."""
 GOLDEN = 2654435769
 """2³² divided by the golden ratio, odd: its multiples mod 2³² are a low-discrepancy sequence."""
 
@@ -66,8 +70,14 @@ def masked_sums(
     *,
     label_smoothing: float = 0.0,
     dropout_key: jax.Array | None = None,
+    place: Callable[[jax.Array], jax.Array] = lambda x: x,
+    shards: int = 1,
+    logit_bytes: int = LOGIT_BYTES,
 ) -> Sums:
     """Predict the masked tokens and sum losses and hits over them.
+
+    Logits of a large batch are never held at once: the head and the loss go over some frames at a
+    time, and compute their logits again for the gradient.
 
     Args:
       params: as `vampnet_jax.init` returns.
@@ -75,22 +85,55 @@ def masked_sums(
       mask: bool `[B, C, T]`, True = hidden from the model and scored.
       config: the model's dimensions.
       label_smoothing: share ε of the target spread evenly over the V codes.
-      dropout_key: switches dropout on.
+      dropout_key: switches dropout on; one key, or one per example.
+      place: says where activations lie; gets arrays `[B, …]`.
+      shards: how many devices divide the batch.
+      logit_bytes: how much of the float32 logits a device may hold at once.
     """
     hidden = jnp.where(mask, config.mask_token, tokens)
-    logits = frame_major_logits(params, hidden, config, dropout_key=dropout_key)  # [B, T, Cp, V]
+    x = frame_features(params, hidden, config, dropout_key=dropout_key, place=place)  # [B, T, D]
     given = config.n_conditioning_codebooks
-    target = jnp.swapaxes(tokens[:, given:], 1, 2)[..., None]  # [B, T, Cp, 1]
-    scored = jnp.swapaxes(mask[:, given:], 1, 2).astype(jnp.float32)
-    # −log softmax by the log-sum-exp: no second array as large as the logits is kept.
+    target = jnp.swapaxes(tokens[:, given:], 1, 2)  # [B, T, Cp]
+    scored = jnp.swapaxes(mask[:, given:], 1, 2)
+
+    def sums_of(frames: tuple[jax.Array, jax.Array, jax.Array]) -> Sums:
+        x, target, scored = frames
+        logits = frame_logits(params, place(x), config)
+        return _sums(logits, target, scored.astype(jnp.float32), label_smoothing)
+
+    batch, n_frames, n_predicted = target.shape
+    size = 4 * batch * n_frames * n_predicted * config.vocab_size / shards
+    parts = min(n_frames, math.ceil(size / logit_bytes))
+    if parts == 1:
+        return sums_of((x, target, scored))
+    length = math.ceil(n_frames / parts)
+    parts = math.ceil(n_frames / length)
+
+    def divided(array: jax.Array) -> jax.Array:  # [B, T, …] → [parts, B, length, …]
+        tail = [(0, 0)] * (array.ndim - 2)
+        array = jnp.pad(array, [(0, 0), (0, parts * length - n_frames), *tail])
+        array = array.reshape(batch, parts, length, *array.shape[2:])
+        return jnp.moveaxis(array, 1, 0)
+
+    sums_of = jax.checkpoint(sums_of, prevent_cse=False)
+    frames = jax.tree.map(divided, (x, target, scored))
+    by_part = lax.scan(lambda _, frames: (None, sums_of(frames)), None, frames)[1]
+    return Sums(*(jnp.sum(values, axis=0) for values in by_part))
+
+
+def _sums(logits: jax.Array, target: jax.Array, scored: jax.Array, label_smoothing: float) -> Sums:
+    """Of logits `[B, T, Cp, V]`, target and scored `[B, T, Cp]`."""
+    # −log softmax by the log-sum-exp: no second array as large as the logits is kept. The target's
+    # logit is found by comparing, which divides over devices where a lookup does not.
     log_total = jax.nn.logsumexp(logits, axis=-1)
-    truth = jnp.take_along_axis(logits, target, axis=-1)
-    log_loss = log_total - truth[..., 0]
+    codes = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    truth = jnp.sum(jnp.where(codes == target[..., None], logits, 0.0), axis=-1)
+    log_loss = log_total - truth
     loss = log_loss
     if label_smoothing:
         spread = log_total - jnp.mean(logits, axis=-1)
         loss = (1 - label_smoothing) * log_loss + label_smoothing * spread
-    higher = jnp.sum(lax.stop_gradient(logits) > lax.stop_gradient(truth), axis=-1)
+    higher = jnp.sum(lax.stop_gradient(logits) > lax.stop_gradient(truth)[..., None], axis=-1)
 
     def total(values: jax.Array) -> jax.Array:
         return jnp.sum(values.astype(jnp.float32) * scored, axis=(1, 2))

@@ -1,5 +1,7 @@
 """The training step: a pure function of (state, batch), and nothing else."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +13,14 @@ from vampnet_jax import lora
 from vampnet_jax.model import Params, init
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.objective import (
+    Sums,
     draw_masks,
     mask_ratios,
     masked_sums,
     metrics_by_ratio,
 )
 from vampnet_jax.training.optimizer import optimizer, schedule
+from vampnet_jax.training.sharding import Layout
 from vampnet_jax.training.spikes import judge
 
 Metrics = dict[str, jax.Array]
@@ -107,16 +111,53 @@ def init_state(
     )
 
 
+def abstract_state(config: TrainConfig) -> TrainState:
+    """The state's shapes and dtypes, with those of the frozen model of a LoRA run."""
+    model = config.model
+    shape = (model.n_codebooks, model.vocab_size, model.latent_dim)
+    codebooks = jax.ShapeDtypeStruct(shape, jnp.float32)
+    state = jax.eval_shape(functools.partial(init_state, config), codebooks)
+    if config.lora is None:
+        return state
+    frozen = jax.eval_shape(
+        lambda codebooks: freeze(init(jax.random.key(0), model, codebooks), config), codebooks
+    )
+    return state._replace(frozen=frozen)
+
+
+def init_on(
+    layout: Layout, config: TrainConfig, codebooks: np.ndarray, frequencies: np.ndarray
+) -> TrainState:
+    """`init_state` on many devices: each makes only the parts of the arrays that it keeps."""
+    shardings = layout.shardings(abstract_state(config)._replace(frozen={}))
+    start = jax.jit(init_state, static_argnums=0, out_shardings=shardings)
+    return start(config, codebooks, frequencies.astype(np.float32))
+
+
+def jitted_step(config: TrainConfig, layout: Layout | None = None) -> Callable:
+    """`train_step` of a run, compiled at its first call; the state before the step is used up."""
+    step = functools.partial(train_step, config=config, layout=layout)
+    return jax.jit(step, donate_argnames="state")
+
+
 def train_step(
-    state: TrainState, tokens: jax.Array, done: jax.Array, config: TrainConfig
+    state: TrainState,
+    tokens: jax.Array,
+    done: jax.Array,
+    config: TrainConfig,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one step.
+
+    Masks and dropout are functions of the seed, the step and an example's number in the batch, so
+    the step is the same, to rounding, however the batch is divided over devices or in time.
 
     Args:
       state: as `init_state` or the step before returned.
       tokens: int32 `[B, C, T]`.
       done: float32, share of the run that is done, for the cosine schedule.
       config: static.
+      layout: static; where the arrays lie on several devices.
 
     Returns:
       The new state and the step's metrics: loss (label smoothing included), log_loss, accuracies,
@@ -126,25 +167,18 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     mask_key, dropout_key = jax.random.split(key)
     batch, _, n_frames = tokens.shape
-    examples = state.step.astype(jnp.uint32) * jnp.uint32(batch)
-    examples = examples + jnp.arange(batch, dtype=jnp.uint32)
-    ratios = mask_ratios(jnp.asarray(np.uint32(config.seed % 2**32)), examples)
-    keys = jax.vmap(lambda b: jax.random.fold_in(mask_key, b))(jnp.arange(batch))
-    mask = draw_masks(keys, ratios, n_frames, config.model)
-
-    def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
-        sums = masked_sums(
-            full_params(params, state, config),
-            tokens,
-            mask,
-            config.model,
-            label_smoothing=config.label_smoothing,
-            dropout_key=dropout_key if config.model.dropout else None,
-        )
-        metrics = metrics_by_ratio(sums, ratios)
-        return metrics["loss"], metrics
-
-    gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+    numbers = jnp.arange(batch, dtype=jnp.uint32)
+    ratios = mask_ratios(
+        jnp.asarray(np.uint32(config.seed % 2**32)),
+        state.step.astype(jnp.uint32) * jnp.uint32(batch) + numbers,
+    )
+    mask_keys, dropout_keys = (
+        jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+        for key in (mask_key, dropout_key)
+    )
+    mask = draw_masks(mask_keys, ratios, n_frames, config.model)
+    gradient, sums = _gradient(state, tokens, mask, dropout_keys, config, layout)
+    metrics = metrics_by_ratio(sums, ratios)
     rate = schedule(config)(state.step, done)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and step counts
         updates, moments = optimizer(config).update(gradient, state.moments, state.params)
@@ -170,7 +204,58 @@ def train_step(
     taken = state._replace(
         step=state.step + 1, params=params, ema=ema, moments=moments, spikes=spikes
     )
+    if layout is not None:
+        taken = layout.constrain(taken)
+        metrics = jax.lax.with_sharding_constraint(metrics, layout.whole)
     return taken, metrics
+
+
+def _gradient(
+    state: TrainState,
+    tokens: jax.Array,
+    mask: jax.Array,
+    dropout_keys: jax.Array,
+    config: TrainConfig,
+    layout: Layout | None,
+) -> tuple[Params, Sums]:
+    """Gradient of the mean loss over all masked tokens of the batch, and sums by example.
+
+    With accumulation the batch is gone through in parts. Every part is divided by the number of
+    masked tokens of the whole batch, so that the parts add up to the whole's gradient.
+    """
+    n_masked = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+
+    def loss_of(params: Params, tokens: jax.Array, mask: jax.Array, keys: jax.Array):
+        sums = masked_sums(
+            full_params(params, state, config),
+            tokens,
+            mask,
+            config.model,
+            label_smoothing=config.label_smoothing,
+            dropout_key=keys if config.model.dropout else None,
+            place=layout.split_batch if layout else lambda x: x,
+            shards=layout.batch_shards if layout else 1,
+        )
+        return jnp.sum(sums.loss) / n_masked, sums
+
+    gradient_of = jax.grad(loss_of, has_aux=True)
+    if config.accumulate == 1:
+        return gradient_of(state.params, tokens, mask, dropout_keys)
+
+    def divided(x: jax.Array) -> jax.Array:
+        """`[B, …]` → `[N, B/N, …]`; a part has examples of every device, so nothing is moved."""
+        x = x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return layout.split_batch(x, 1) if layout else x
+
+    def add(total: Params, part: tuple) -> tuple[Params, Sums]:
+        gradient, sums = gradient_of(state.params, *part)
+        total = jax.tree.map(jnp.add, total, gradient)
+        return layout.constrain(total) if layout else total, sums
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    parts = jax.tree.map(divided, (tokens, mask, dropout_keys))
+    gradient, sums = jax.lax.scan(add, zeros, parts)
+    return gradient, Sums(*(values.swapaxes(0, 1).reshape(-1) for values in sums))
 
 
 def model_params(state: TrainState, config: TrainConfig) -> Params:

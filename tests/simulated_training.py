@@ -1,0 +1,113 @@
+"""Trains a minute model on simulated devices, in a process of its own; prints losses as JSON.
+
+    JAX_NUM_CPU_DEVICES=8 python tests/simulated_training.py MESH...
+
+MESH is as `train.py --mesh` takes it. Several processes make one job, as on a cluster, by the
+variables that `vampnet_jax.training.distributed` reads.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+STEPS, BATCH = 20, 8
+
+
+def start(
+    devices: int, *meshes: str, job: tuple[str, int, int] | None = None, script: str = __file__
+) -> subprocess.Popen:
+    """Start a process with so many devices; `job` is (coordinator, processes, number)."""
+    # Eight devices on two cores need no threads of their own.
+    flags = "--xla_cpu_multi_thread_eigen=false"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    if job:
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        environment |= dict(zip(names, map(str, job), strict=True))
+    return subprocess.Popen(
+        [sys.executable, script, *meshes],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    """Wait for all processes of a job; what the first printed."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return outputs[0][0]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def train(mesh: str) -> dict:
+    """Losses of all steps, and the bytes of parameters and moments by device and in all."""
+    import jax
+    import numpy as np
+
+    import vampnet_jax as vampnet
+    from vampnet_jax.training.config import TrainConfig
+    from vampnet_jax.training.sharding import plan
+    from vampnet_jax.training.step import init_on, jitted_step
+
+    model = vampnet.ModelConfig(
+        n_codebooks=3,
+        n_conditioning_codebooks=1,
+        n_layers=2,
+        n_heads=2,
+        embedding_dim=16,
+        vocab_size=32,
+    )
+    config = TrainConfig(
+        model=model,
+        batch_size=BATCH,
+        steps=STEPS,
+        schedule="constant",
+        learning_rate=3e-3,
+        warmup_steps=5,
+    )
+    layout = plan(model, BATCH, mesh)
+    rng = np.random.default_rng(0)
+    codebooks = rng.standard_normal((3, 32, 8)).astype(np.float32)
+    state = init_on(layout, config, codebooks, np.full((3, 32), 1 / 32))
+    trained = jax.tree.leaves((state.params, state.moments))
+    parts = [part for leaf in trained for part in leaf.addressable_shards]
+    by_device = [
+        sum(part.data.nbytes for part in parts if part.device == device)
+        for device in layout.mesh.local_devices
+    ]
+    number, count = layout.share(BATCH)
+    rows = slice(number * BATCH // count, (number + 1) * BATCH // count)
+    step = jitted_step(config, layout)
+    losses = []
+    for _ in range(STEPS):
+        tokens = rng.integers(0, 32, (BATCH, 3, 12)).astype(np.int32)
+        state, metrics = step(state, layout.place_batch(tokens[rows], BATCH), np.float32(0))
+        losses.append(float(metrics["loss"]))
+    return {
+        "losses": losses,
+        "devices": layout.mesh.size,
+        "bytes": by_device,
+        "total": sum(leaf.nbytes for leaf in trained),
+    }
+
+
+def main(meshes: list[str]) -> None:
+    from vampnet_jax.training.distributed import connect
+
+    connect()
+    print(json.dumps({mesh: train(mesh) for mesh in meshes}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
