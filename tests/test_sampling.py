@@ -100,7 +100,7 @@ def test_the_number_still_masked_follows_the_schedule(monkeypatch):
     with jax.default_device(jax.devices()[0]):
         jax.block_until_ready(
             sampling._generate.__wrapped__(
-                params, tokens, mask, keys, COARSE, sampling._traced(options)
+                params, tokens, mask, keys, jnp.int32(20), COARSE, sampling._traced(options)
             )
         )
     jax.effects_barrier()
@@ -251,3 +251,16 @@ def test_shapes_that_do_not_fit_are_refused():
         generate(params, tokens, mask[:, :, :5], key, COARSE, options)
     with pytest.raises(ValueError, match="keys for 3 examples"):
         generate(params, tokens, mask, jax.random.split(key, 2), COARSE, options)
+
+
+@pytest.mark.parametrize("config", [COARSE, FINE], ids=["coarse", "fine"])
+def test_padding_changes_nothing(config):
+    params, tokens, mask = make(config, frames=20)
+    options, key = SamplingOptions(steps=5, mask_temperature=2.0), jax.random.key(0)
+    want = generate(params, tokens, mask, key, config, options)
+    noise = jax.random.randint(key, (*tokens.shape[:2], 7), 0, config.vocab_size)
+    padded = jnp.concatenate([tokens, noise], axis=-1)
+    masked = jnp.concatenate([mask, noise > 20], axis=-1)
+    got = generate(params, padded, masked, key, config, options, n_frames=20)
+    np.testing.assert_array_equal(got[..., :20], want)
+    np.testing.assert_array_equal(got[..., 20:], noise)

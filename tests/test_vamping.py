@@ -73,8 +73,8 @@ def test_each_window_sees_what_the_one_before_has_generated(small, monkeypatch):
     seen = []
     original = vamping.generate
 
-    def spy(params, tokens, mask, keys, config, options):
-        made = original(params, tokens, mask, keys, config, options)
+    def spy(params, tokens, mask, keys, config, options, **rest):
+        made = original(params, tokens, mask, keys, config, options, **rest)
         seen.append((config, np.asarray(tokens), np.asarray(mask), np.asarray(made)))
         return made
 
@@ -111,9 +111,9 @@ def test_how_many_windows_run_at_once_does_not_matter(small, monkeypatch):
     rows = []
     original = vamping.generate
 
-    def spy(params, tokens, *rest):
+    def spy(params, tokens, *rest, **named):
         rows.append(len(tokens))
-        return original(params, tokens, *rest)
+        return original(params, tokens, *rest, **named)
 
     monkeypatch.setattr(vamping, "MAX_ROWS", 2)
     monkeypatch.setattr(vamping, "generate", spy)
@@ -140,6 +140,19 @@ def test_lengths_share_programs(small):
     before = _generate._cache_size()
     run(67)
     assert _generate._cache_size() == before
+    run(7)
+    before = _generate._cache_size()
+    run(8)  # shorter than a coarse window, but padded to the same eighth of it
+    assert _generate._cache_size() == before
+
+
+@given(length=st.integers(1, 600), window=st.integers(8, 600))
+def test_buckets_are_few_and_hold_their_clip(length, window):
+    length = min(length, window)
+    padded = vamping.bucket(length, window)
+    assert length <= padded <= window
+    assert padded - length <= window / 8 + 1
+    assert len({vamping.bucket(n, window) for n in range(1, window + 1)}) <= 8
 
 
 def test_progress_counts_every_window_once(small):

@@ -58,16 +58,18 @@ def typical_keep(
     entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1, keepdims=True)
     distance = jnp.where(p > 0, jnp.abs(-log_p - entropy), jnp.inf)
 
+    least = jnp.asarray(jnp.minimum(min_tokens, logits.shape[-1]), jnp.float32)
+
     def enough(within: jax.Array) -> jax.Array:
         held = jnp.sum(jnp.where(within, p, 0.0), axis=-1, keepdims=True)
-        return (held >= mass) & (_count(within) >= jnp.minimum(min_tokens, logits.shape[-1]))
+        return (held >= mass) & (_count(within) >= least)
 
     return _smallest_prefix(distance, enough) | (jnp.asarray(mass) >= 1)
 
 
 def top_k_keep(logits: jax.Array, k: jax.Array | int) -> jax.Array:
     """The k most probable tokens and all that tie with the k-th; bool `[..., V]`."""
-    wanted = jnp.clip(k, 1, logits.shape[-1])
+    wanted = jnp.asarray(jnp.clip(k, 1, logits.shape[-1]), jnp.float32)
     return _smallest_prefix(-logits, lambda kept: _count(kept) >= wanted)
 
 

@@ -95,6 +95,8 @@ def generate(
     key: jax.Array,
     config: ModelConfig,
     options: SamplingOptions,
+    *,
+    n_frames: jax.Array | int | None = None,
 ) -> jax.Array:
     """Fill in the masked tokens of the predicted codebooks.
 
@@ -108,6 +110,9 @@ def generate(
       key: one random key, of which example b uses `fold_in(key, b)`, or B keys.
       config: the model's dimensions.
       options: how to decode.
+      n_frames: how many of the T frames are music; the rest is padding, which changes nothing: the
+        result is that of the first `n_frames` alone. So clips of several lengths can share one
+        compiled program. None means all.
 
     Returns:
       int32 `[B, C, T]`; kept tokens are those of the input.
@@ -120,7 +125,8 @@ def generate(
     if mask.shape != tokens.shape:
         raise ValueError(f"mask is {mask.shape} and tokens are {tokens.shape}; they must be alike")
     keys = example_keys(key, tokens.shape[0])
-    return _generate(params, tokens, mask, keys, config, _traced(options))
+    n_frames = jnp.asarray(tokens.shape[2] if n_frames is None else n_frames, jnp.int32)
+    return _generate(params, tokens, mask, keys, n_frames, config, _traced(options))
 
 
 def example_keys(key: jax.Array, n_examples: int) -> jax.Array:
@@ -151,14 +157,18 @@ def _generate(
     tokens: jax.Array,
     mask: jax.Array,
     keys: jax.Array,
+    n_frames: jax.Array,
     config: ModelConfig,
     options: SamplingOptions,
 ) -> jax.Array:
+    is_music = jnp.arange(tokens.shape[-1]) < n_frames
+    mask = mask.astype(bool) & is_music[None, None]
     given = tokens[:, : config.n_conditioning_codebooks].astype(jnp.int32)
     prompt = jnp.swapaxes(tokens[:, config.n_conditioning_codebooks :], 1, 2).astype(jnp.int32)
-    masked = jnp.swapaxes(mask[:, config.n_conditioning_codebooks :], 1, 2).astype(bool)
+    masked = jnp.swapaxes(mask[:, config.n_conditioning_codebooks :], 1, 2)
     n_masked = jnp.sum(masked, axis=(1, 2), dtype=jnp.int32)  # N₀ of each example
     bias = model.position_bias(params, tokens.shape[-1], config)
+    bias = jnp.where(is_music[None, None], bias, -jnp.inf)  # no frame attends to padding
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         filled, masked = carry  # [B, T, Cp]

@@ -103,6 +103,15 @@ def window_starts(n_frames: int, window: int) -> list[int]:
     return [*range(0, n_frames - window, stride), n_frames - window]
 
 
+def bucket(length: int, window: int) -> int:
+    """Frames that a sequence of at most a window is padded to: the next eighth of the window.
+
+    So clips of any length need eight programs at most.
+    """
+    eighths = -(-8 * length // window)
+    return -(-eighths * window // 8)
+
+
 def _independent(starts: list[int], window: int) -> list[list[int]]:
     """Windows in passes within which none overlap; every other window goes to the first pass."""
     passes: list[list[int]] = []
@@ -155,16 +164,24 @@ def _fill_group(
         padded = group + group[-1:] * (size - len(group))
         padded_spans = [(example, slice(start, start + window)) for example, start in padded]
         examples, starts = (np.array(column) for column in zip(*padded, strict=True))
+        length = min(window, tokens.shape[-1])
+        padding = ((0, 0), (0, 0), (0, bucket(length, window) - length))
+
+        def rows(array: np.ndarray) -> jax.Array:
+            stacked = np.stack([array[example, :, span] for example, span in padded_spans])
+            return jnp.asarray(np.pad(stacked, padding))
+
         made = generate(
             stage.params,
-            jnp.asarray(np.stack([tokens[example, :, span] for example, span in padded_spans])),
-            jnp.asarray(np.stack([mask[example, :, span] for example, span in padded_spans])),
+            rows(tokens),
+            rows(mask),
             jax.vmap(jax.random.fold_in)(keys[examples], starts),
             stage.config,
             options,
+            n_frames=length,
         )
         for row, (example, span) in zip(np.asarray(made), spans, strict=False):
-            tokens[example, :, span] = row
+            tokens[example, :, span] = row[:, :length]
     for example, span in spans:
         mask[example, :, span] = False
 
