@@ -104,6 +104,24 @@ class Codec:
         """Identity of the weights: see `codec_bridge.network.fingerprint`."""
         return fingerprint(self.tensors)
 
+    def n_frames(self, n_samples: int) -> int:
+        """T, the frames that `encode` makes of so many samples."""
+        return output_length(
+            self._encoder.chain, -(-n_samples // self.hop_length) * self.hop_length
+        )
+
+    @property
+    def encoder_context(self) -> tuple[int, int]:
+        """Frames of audio before and after a frame on which its tokens depend."""
+        first, last = inputs_needed(self._encoder.chain, 0, 1)
+        return -(first // self.hop_length), max(0, -(-last // self.hop_length) - 1)
+
+    @property
+    def decoder_context(self) -> tuple[int, int]:
+        """Frames of tokens before and after a frame on which its audio depends."""
+        first, last = inputs_needed(self._decoder.chain, 0, self.hop_length)
+        return -first, last - 1
+
     def encode(
         self,
         audio: np.ndarray | jax.Array,

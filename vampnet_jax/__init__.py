@@ -15,6 +15,7 @@ from vampnet_jax.config import ModelConfig
 from vampnet_jax.model import apply, init
 from vampnet_jax.release import Model, Stage, available_models, load, save
 from vampnet_jax.sampling import SamplingOptions, generate
+from vampnet_jax.streaming import stream
 from vampnet_jax.vamping import vamp
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "masks",
     "save",
+    "stream",
     "vamp",
 ]
 
