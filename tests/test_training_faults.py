@@ -369,7 +369,9 @@ def test_libraries_say_in_many_ways_that_a_disk_is_full():
     outer = RuntimeError("writing failed")
     outer.__cause__ = inner
     assert faults.no_space(outer)
-    assert faults.no_space(ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28]"))
+    assert faults.no_space(
+        ValueError("Error writing: [OS error 28: ENOSPC No space left on device]")
+    )
     assert not faults.no_space(OSError(errno.EACCES, "denied"))
 
 

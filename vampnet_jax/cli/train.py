@@ -2,16 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from codec_bridge.errors import InputError
-from vampnet_jax.cli.status import INTERRUPTED, OK, TRY_AGAIN, loading
-
-if TYPE_CHECKING:
-    from vampnet_jax.training.begin import Request, Run
+from vampnet_jax.cli.status import FAILED_CHECK, INTERRUPTED, OK, TRY_AGAIN, loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +19,7 @@ class TrainOptions:
     again continues exactly.
     """
 
-    out: Path
+    out: Path | None = None
     """Folder of the run: configuration, checkpoints, logs."""
     data: Annotated[Path | None, Positional, arg(metavar="TOKENS")] = None
     """Folder of tokens (not needed to continue a run)."""
@@ -43,7 +40,11 @@ class TrainOptions:
     minutes: float | None = None
     """Stop after so many minutes; the cosine schedule then follows time."""
     batch_size: int | None = None
-    """Excerpts per step."""
+    """Excerpts per step, over all devices."""
+    accumulate: int | None = None
+    """Equal parts that a batch is computed in, one after the other: less memory, the same step."""
+    mesh: str | None = None
+    """How many devices divide what, such as data=2,fsdp=4,tensor=1; what is left out is chosen."""
     window_seconds: float | None = None
     """Seconds per excerpt."""
     min_loudness: float | None = None
@@ -80,8 +81,8 @@ class TrainOptions:
     """Width of the transformer."""
     dropout: float | None = None
     """Share of activations dropped."""
-    remat: bool = False
-    """Recompute blocks in the backward pass: less memory, more time."""
+    remat: Literal["none", "attention", "dots", "full"] | None = None
+    """What the backward pass computes again: the more, the less memory and the more time."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What matrix products compute in."""
     attention: Literal["xla", "cudnn"] | None = None
@@ -106,10 +107,27 @@ class TrainOptions:
     """To listen with: a codec file, or a model whose codec made the tokens."""
     fine_model: str | None = None
     """For listening to a coarse run: a fine run, or a model, that adds the other codebooks."""
+    compile_only: bool = False
+    """Compile the step for the TPU pod of --topology, here, and say whether it fits (exit status 1:
+    it does not). Needs no TPU, no --out, and no TOKENS: without, the published codec's sizes."""
+    topology: str = "v5e:16x16"
+    """For --compile-only: v5e, v5p or v6e and its shape, such as v5p:8x8x4."""
 
 
-ASKED = ("out", "data", "stage", "preset", "init_from", "codec", "fine_model")
-NOT_SETTINGS = {*ASKED, "resume", "new"}
+ASKED = (
+    "out",
+    "data",
+    "stage",
+    "preset",
+    "resume",
+    "new",
+    "init_from",
+    "codec",
+    "fine_model",
+    "mesh",
+)
+"""Options that are no settings of the training but say which run is meant, and from what."""
+NOT_SETTINGS = {*ASKED, "compile_only", "topology"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,45 +143,42 @@ def main(argv: list[str] | None = None) -> int:
         for field in dataclasses.fields(options)
         if field.name not in NOT_SETTINGS
     }
-    settings["remat"] = options.remat or None  # not given: as the preset or the run has it
     try:
         with loading():
+            import jax
             from rich.console import Console
 
             from vampnet_jax import devices
-            from vampnet_jax.training import begin, loop
+            from vampnet_jax.training import begin, distributed, loop, pod_check
     except ImportError as error:
         raise InputError(
             f"Training needs the package {error.name}; install vampnet-jax[train]."
         ) from error
 
+    if options.compile_only:
+        devices.select("cpu")  # leaves this machine's own accelerators alone
+        fits = pod_check.check(
+            *pod_check.sizes(options.preset or "tiny", options.stage, settings, options.data),
+            options.topology,
+            options.mesh,
+            Console(),
+        )
+        return OK if fits else FAILED_CHECK
+    if options.out is None:
+        raise InputError("Give the folder of the run with --out.")
+    distributed.connect()
     devices.keep_compiled_programs()  # a run that is continued starts sooner
     request = begin.Request(**{name: getattr(options, name) for name in ASKED}, settings=settings)
-    run = _begin(request, options)
-    console = Console()
+    run = begin.begin(request)
+    console = Console(quiet=jax.process_index() != 0)
     ending = loop.train(
         run.config,
         run.data,
         options.out,
         console,
+        run.layout,
         initial=run.initial(),
         listening=run.listening,
     )
     statuses = {loop.Ending.INTERRUPTED: INTERRUPTED, loop.Ending.TERMINATED: TRY_AGAIN}
     return statuses.get(ending, OK)
-
-
-def _begin(request: "Request", options: TrainOptions) -> "Run":
-    """Continue the run in --out if there is one, else begin it; the flags may forbid either."""
-    from vampnet_jax.training import begin
-
-    if options.resume and options.new:
-        raise InputError("--resume and --new exclude each other.")
-    if options.resume or begin.holds_run(options.out):
-        if options.new:
-            raise InputError(
-                f"{options.out} already holds a run; leave --new out to continue it, or choose "
-                "another folder with --out."
-            )
-        return begin.continued(request)
-    return begin.new(request)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
@@ -15,11 +17,13 @@ from vampnet_jax.model import Params
 from vampnet_jax.training.checkpoints import CONFIG, read_run, write_run
 from vampnet_jax.training.config import Preset, Stage, TrainConfig, preset_config
 from vampnet_jax.training.initial import Weights, load_stage
-from vampnet_jax.training.listening import ListeningOptions
+from vampnet_jax.training.listening import Listening, ListeningOptions
 from vampnet_jax.training.loop import TrainingData, open_data
+from vampnet_jax.training.sharding import Layout, plan
 from vampnet_jax.training.tokens import read_codebooks, read_manifest
 
 MAY_CHANGE = {
+    "accumulate",
     "steps",
     "minutes",
     "log_every",
@@ -45,12 +49,18 @@ class Request:
     data: Path | None = None
     stage: Stage | None = None
     preset: Preset | None = None
+    resume: bool = False
+    """Refuse to begin a run."""
+    new: bool = False
+    """Refuse to continue one."""
     init_from: str | None = None
     """A run or a model whose weights to begin with."""
     codec: str | None = None
     """Turns tokens into sound, to listen to the run."""
     fine_model: str | None = None
     """Adds the other codebooks to what a coarse run makes."""
+    mesh: str | None = None
+    """How many devices divide what; not kept with the run."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of `TrainConfig` and `ModelConfig`."""
 
@@ -62,11 +72,10 @@ class Run(NamedTuple):
     facts: dict[str, Any]
     """What its config.json says besides: stage, data, codec and so on."""
     data: TrainingData
-
-    @property
-    def listening(self) -> ListeningOptions:
-        """What to listen with."""
-        return ListeningOptions(**self.facts.get("listening") or {})
+    listening: Listening | None
+    """Makes sounds, where the settings ask for them."""
+    layout: Layout
+    """Which devices compute."""
 
     def initial(self) -> Callable[[], Params] | None:
         """Loads the weights to begin with, if any were named."""
@@ -80,9 +89,42 @@ class Run(NamedTuple):
         return load
 
 
-def holds_run(out: Path) -> bool:
-    """Whether the folder holds a run, with or without checkpoints."""
-    return (out / CONFIG).exists()
+def begin(request: Request) -> Run:
+    """Continue the run in the folder if there is one, else begin it.
+
+    With several processes all must call this; process 0 decides and writes, the others follow.
+
+    Raises:
+      InputError: anything does not fit, or the request forbids it.
+    """
+    if jax.process_count() == 1:
+        return _begin(request)
+    run, error = None, None
+    if jax.process_index() == 0:
+        try:
+            run = _begin(request)
+        except InputError as problem:
+            error = problem
+    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise InputError("Process 0 could not begin the run; its message says why.")
+    return run or continued(Request(out=request.out, data=request.data, mesh=request.mesh))
+
+
+def _begin(request: Request) -> Run:
+    out = request.out
+    if request.resume and request.new:
+        raise InputError("--resume and --new exclude each other.")
+    if not request.resume and not (out / CONFIG).exists():
+        return new(request)
+    if request.new:
+        raise InputError(
+            f"{out} already holds a run; leave --new out to continue it, or choose another folder "
+            "with --out."
+        )
+    return continued(request)
 
 
 def new(request: Request) -> Run:
@@ -103,10 +145,8 @@ def new(request: Request) -> Run:
         settings["seed"] = secrets.randbelow(2**31)
     preset: Preset = request.preset or "tiny"
     stage: Stage = request.stage or ("fine" if preset == "fine" else "coarse")
-    init_from = None
-    if request.init_from is not None:
-        path = Path(request.init_from)
-        init_from = str(path.resolve()) if path.exists() else request.init_from
+    init_from = _absolute(request.init_from)
+    if init_from is not None:
         source = _weights(init_from, stage, codebooks)
         settings = _with_dimensions(settings, source.config, init_from)
     config = preset_config(
@@ -117,14 +157,17 @@ def new(request: Request) -> Run:
         codebook_size=manifest.codec.codebook_size,
         latent_dim=codebooks.shape[2],
     )
+    layout = plan(config.model, config.batch_size, request.mesh, accumulate=config.accumulate)
     data = open_data(config, request.data)
+    options = ListeningOptions(_absolute(request.codec), _absolute(request.fine_model))
+    listening = _listening(config, options, data)
     facts = {
         "stage": stage,
         "preset": preset,
         "data": str(request.data.resolve()),
         "codec": dataclasses.asdict(manifest.codec),
         "init_from": init_from,
-        "listening": {"codec": request.codec, "fine_model": request.fine_model},
+        "listening": dataclasses.asdict(options),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     try:
@@ -132,7 +175,7 @@ def new(request: Request) -> Run:
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
     write_run(out, config, facts)
-    return Run(config, facts, data)
+    return Run(config, facts, data, listening, layout)
 
 
 def continued(request: Request) -> Run:
@@ -161,19 +204,36 @@ def continued(request: Request) -> Run:
     config = dataclasses.replace(
         config, **{name: value for name, value in given.items() if name in MAY_CHANGE}
     )
+    layout = plan(config.model, config.batch_size, request.mesh, accumulate=config.accumulate)
     folder = request.data or Path(str(facts.get("data")))
     data = open_data(config, folder)
     if data.manifest.codec.fingerprint != facts.get("codec", {}).get("fingerprint"):
         raise InputError(
             f"{out} was trained with another codec than that of the tokens in {folder}."
         )
-    listening = dict(facts.get("listening") or {})
-    for name in ("codec", "fine_model"):
-        if getattr(request, name) is not None:
-            listening[name] = getattr(request, name)
-    facts |= {"data": str(folder.resolve()), "listening": listening}
-    write_run(out, config, facts)
-    return Run(config, facts, data)
+    known_options = facts.get("listening") or {}
+    options = ListeningOptions(
+        _absolute(request.codec) or known_options.get("codec"),
+        _absolute(request.fine_model) or known_options.get("fine_model"),
+    )
+    listening = _listening(config, options, data)
+    facts |= {"data": str(folder.resolve()), "listening": dataclasses.asdict(options)}
+    if jax.process_index() == 0:
+        write_run(out, config, facts)
+    return Run(config, facts, data, listening, layout)
+
+
+def _absolute(source: str | None) -> str | None:
+    """A path as it is from any folder; names stay as they are."""
+    return str(Path(source).resolve()) if source and Path(source).exists() else source
+
+
+def _listening(
+    config: TrainConfig, options: ListeningOptions, data: TrainingData
+) -> Listening | None:
+    if not config.listen_every or data.validation is None or jax.process_index() != 0:
+        return None
+    return Listening(options, config, data.validation, data.window)
 
 
 def _weights(source: str, stage: str, codebooks: np.ndarray) -> Weights:

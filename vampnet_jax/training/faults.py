@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from codec_bridge.errors import InputError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_SPACE_WORDS = ("No space left", "quota exceeded", "RESOURCE_EXHAUSTED")
+NO_SPACE_WORDS = ("No space left", "quota exceeded")
 """How libraries say it that raise no OSError."""
 
 

@@ -152,8 +152,7 @@ def load_codec(source: str | None, wanted: CodecInfo) -> codec_bridge.Codec:
     """
     if source is None:
         raise InputError("--listen-every needs the codec that made the tokens: add --codec.")
-    is_model = source in release.available_models() or Path(source).is_dir()
-    codec = codec_bridge.load(release.resolve(source) if is_model else source)
+    codec = release.find_codec(source)
     if codec.fingerprint != wanted.fingerprint:
         raise InputError(
             f"{source} is not the codec that made the tokens ({codec.fingerprint[:12]}… and "

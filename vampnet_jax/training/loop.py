@@ -1,7 +1,7 @@
 """A training run from tokens to checkpoints."""
 
 import collections
-import functools
+import contextlib
 import json
 import math
 import time
@@ -23,14 +23,16 @@ from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.excerpts import RandomExcerpts, choose_tracks, long_enough
 from vampnet_jax.training.faults import Ending, StopRequests, reading, stop_requests, writing
 from vampnet_jax.training.frequencies import kept_frequencies
-from vampnet_jax.training.listening import Listening, ListeningOptions, on_one_device
+from vampnet_jax.training.listening import Listening, on_one_device
 from vampnet_jax.training.log import RunLog
 from vampnet_jax.training.meter import Meter
+from vampnet_jax.training.sharding import Layout
 from vampnet_jax.training.step import (
     TrainState,
-    init_state,
+    abstract_state,
+    init_on,
+    jitted_step,
     model_params,
-    train_step,
     without_codebooks,
 )
 from vampnet_jax.training.tokens import Manifest, TrackReader, read_codebooks, read_manifest
@@ -83,9 +85,10 @@ def train(
     data: TrainingData,
     run: Path,
     console: Console,
+    layout: Layout,
     *,
     initial: Callable[[], Params] | None = None,
-    listening: ListeningOptions | None = None,
+    listening: Listening | None = None,
 ) -> Ending:
     """Train until the steps or minutes of the configuration are used up.
 
@@ -97,9 +100,10 @@ def train(
       data: tokens of the codec that the configuration fits.
       run: an existing folder; checkpoints and logs go there.
       console: where progress is shown.
+      layout: which devices compute, and what each holds; it may be another one than before.
       initial: loads weights to begin with, as `vampnet_jax.apply` takes them, if there is no
         checkpoint yet; None begins at random.
-      listening: what to make sounds with, where the configuration asks for them.
+      listening: makes sounds where the configuration asks for them; needed in process 0 only.
 
     Returns:
       Whether training finished or was asked to stop; in every case its state is saved.
@@ -113,26 +117,21 @@ def train(
     excerpts = RandomExcerpts(
         data.train, model.n_codebooks, window, config.min_loudness, config.seed
     )
-    batches = excerpts.batches(config.batch_size)
+    part, parts = layout.share(config.batch_size)
+    batches = excerpts.batches(config.batch_size, process_index=part, process_count=parts)
     validation = None
     if data.validation:
         validation = Validation(
-            data.validation, model, window, config.validation_excerpts, config.batch_size
+            data.validation, model, window, config.validation_excerpts, config.batch_size, layout
         )
-
-    listener = None
-    if config.listen_every and data.validation and jax.process_index() == 0:
-        options = listening or ListeningOptions()
-        listener = Listening(options, config, data.validation, window)
 
     # --- state
     with reading(data.folder):
         frequencies = kept_frequencies(run, data.train)
     checkpoints = Checkpoints(run, config.keep, config.milestone_every)
-    restored = checkpoints.restore(config)
+    restored = checkpoints.restore(config, layout.shardings(abstract_state(config)))
     if restored is None:
-        start = jax.jit(init_state, static_argnums=0)
-        state = start(config, jnp.asarray(data.codebooks), jnp.asarray(frequencies, jnp.float32))
+        state = init_on(layout, config, data.codebooks, frequencies)
         if initial is not None:
             state = with_weights(state, initial())
         seconds_before = 0.0
@@ -157,8 +156,8 @@ def train(
     quiet = jax.process_index() != 0
     with RunLog(run, console, step_now, quiet=quiet) as log, stop_requests() as wanted:
         log.write_text("configuration", f"```json\n{json.dumps(config.to_dict(), indent=1)}\n```")
-        trainer = _Loop(config, data, run, state, seconds_before, checkpoints, log, meter)
-        trainer.validation, trainer.listener = validation, listener
+        trainer = _Loop(config, data, run, state, layout, seconds_before, checkpoints, log, meter)
+        trainer.validation, trainer.listening = validation, listening
         if validation:
             unigram = validation.score_unigram(frequencies)
             log.write(trainer.step, {f"unigram/{k}": v for k, v in unigram.items()})
@@ -167,14 +166,18 @@ def train(
             ending = trainer.run_until_done(batches, wanted)
             with writing(run):
                 checkpoints.wait()
-        finally:
-            checkpoints.close()
+        except BaseException:
+            with contextlib.suppress(Exception):  # of a save that failed; it was reported
+                checkpoints.close()
+            raise
+        checkpoints.close()
     return ending
 
 
 def with_weights(state: TrainState, params: Params) -> TrainState:
     """A state before the first step that begins with given weights."""
-    chosen = without_codebooks(params)
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    chosen = jax.device_put(without_codebooks(params), places)
     return state._replace(params=chosen, ema=jax.tree.map(jnp.copy, chosen) if state.ema else {})
 
 
@@ -212,6 +215,7 @@ class _Loop:
         data: TrainingData,
         run: Path,
         state: TrainState,
+        layout: Layout,
         seconds_before: float,
         checkpoints: Checkpoints,
         log: RunLog,
@@ -223,7 +227,7 @@ class _Loop:
         self.state = state
         self.step = int(state.step)
         self.validation: Validation | None = None
-        self.listener: Listening | None = None
+        self.listening: Listening | None = None
         self.checkpoints = checkpoints
         self.log = log
         self.meter = meter
@@ -231,9 +235,8 @@ class _Loop:
         self.saved_seconds, self.saved_step = seconds_before, self.step
         self.unread: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.skipped_in_a_row = 0
-        self.take_step = jax.jit(
-            functools.partial(train_step, config=config), donate_argnames="state"
-        )
+        self.layout = layout
+        self.take_step = jitted_step(config, layout)
 
     def run_until_done(self, batches: Iterator[np.ndarray], wanted: StopRequests) -> Ending:
         config = self.config
@@ -244,7 +247,8 @@ class _Loop:
                 self.save()
                 self.log.say(f"stopped after step {self.step}; the same command continues")
                 return ending
-            tokens = self.next_batch(batches)
+            rows = self.next_batch(batches)
+            tokens = self.layout.place_batch(rows, config.batch_size)
             self.state, metrics = self.take_step(self.state, tokens, np.float32(done))
             self.step += 1
             self.unread.append((self.step, metrics))
@@ -325,8 +329,8 @@ class _Loop:
         self.read_metrics(behind=0)
         with self.meter.paused():
             params = on_one_device(model_params(self.state, self.config))
-            if self.listener is not None:
-                self.listener.listen(self.step, params, self.log)
+            if self.listening is not None:
+                self.listening.listen(self.step, params, self.log)
 
     def save_is_due(self) -> bool:
         config = self.config
