@@ -4,7 +4,6 @@ Letters in shapes and einsums: B batch, T frames (queries t, keys s), C codebook
 V codes, d latent width, D width, H heads, K width of a head, F hidden width of the feed-forward.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -184,10 +183,10 @@ class Block(nnx.Module):
                 q, k, v, bias=bias[None].astype(x.dtype), implementation="cudnn"
             )
         else:
-            mix = functools.partial(mix_values, rate=config.dropout)
+            mix = mix_values
             if config.remat == "attention":
-                mix = jax.checkpoint(mix, prevent_cse=False)
-            mixed = mix(q, k, v, bias, seed)
+                mix = jax.checkpoint(mix, prevent_cse=False, static_argnums=5)
+            mixed = mix(q, k, v, bias, seed, config.dropout)
         return self.project("BTHK,HKD->BTD", mixed, "out", adapters)
 
     def feed_forward(
@@ -206,7 +205,6 @@ def mix_values(
     v: jax.Array,
     bias: jax.Array,
     seed: jax.Array | None,
-    *,
     rate: float,
 ) -> jax.Array:
     """Values `[B, T, H, K]` averaged by attention: softmax(q·k / √K + bias), in float32."""

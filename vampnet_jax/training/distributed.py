@@ -95,7 +95,7 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
 
 
 def _on_tpu() -> bool:
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     if platforms and "tpu" not in platforms.split(","):
         return False
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")

@@ -18,6 +18,17 @@ GOLDEN = 2654435769
 """2³² divided by the golden ratio, odd: its multiples mod 2³² are a low-discrepancy sequence."""
 
 
+RATIO_BINS = {
+    "r<0.5": (0.0, 0.5),
+    "r>=0.5": (0.5, 1.0),
+    "r0-0.25": (0.0, 0.25),
+    "r0.25-0.5": (0.25, 0.5),
+    "r0.5-0.75": (0.5, 0.75),
+    "r0.75-1": (0.75, 1.0),
+}
+"""Ranges [from, to) of mask ratios that are reported apart: VampNet's halves, and quarters."""
+
+
 class Sums(NamedTuple):
     """Sums over the masked tokens of each example, float32 `[B]` each."""
 
@@ -148,18 +159,19 @@ def _sums(logits: jax.Array, target: jax.Array, scored: jax.Array, label_smoothi
 
 
 def metrics_by_ratio(sums: Sums, ratios: jax.Array) -> dict[str, jax.Array]:
-    """Mean loss over masked tokens, and accuracies for r < ½ and r ≥ ½.
+    """Mean losses over masked tokens, and loss and accuracies of every bin of mask ratios.
 
-    The loss of a batch without masked tokens is 0; an accuracy of none is NaN.
+    The loss of a batch without masked tokens is 0; an accuracy or loss of an empty bin is NaN.
     """
     n_tokens = jnp.maximum(jnp.sum(sums.tokens), 1.0)
     metrics = {
         "loss": jnp.sum(sums.loss) / n_tokens,
         "log_loss": jnp.sum(sums.log_loss) / n_tokens,
     }
-    low = (ratios < 0.5).astype(jnp.float32)
-    for name, chosen in (("r<0.5", low), ("r>=0.5", 1 - low)):
+    for name, (low, high) in RATIO_BINS.items():
+        chosen = ((ratios >= low) & (ratios < high)).astype(jnp.float32)
         count = jnp.sum(sums.tokens * chosen)
+        metrics[f"log_loss_at/{name}"] = jnp.sum(sums.log_loss * chosen) / count
         metrics[f"top1/{name}"] = jnp.sum(sums.top_1 * chosen) / count
         metrics[f"top25/{name}"] = jnp.sum(sums.top_k * chosen) / count
     return metrics

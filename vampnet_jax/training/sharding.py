@@ -123,6 +123,10 @@ class Layout:
         first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
         return first // (last - first), batch_size // (last - first)
 
+    def divide(self, batch: np.ndarray) -> jax.Array:
+        """Divide a batch that every process has whole."""
+        return jax.make_array_from_callback(batch.shape, self.batch, batch.__getitem__)
+
     def place_batch(self, rows: np.ndarray, batch_size: int) -> jax.Array:
         """Assemble a batch of which every process has read its share."""
         shape = (batch_size, *rows.shape[1:])

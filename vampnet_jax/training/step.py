@@ -1,7 +1,6 @@
 """The training step: a pure function of (state, batch), and nothing else."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -134,7 +133,7 @@ def init_on(
     return start(config, codebooks, frequencies.astype(np.float32))
 
 
-def jitted_step(config: TrainConfig, layout: Layout | None = None) -> Callable:
+def jitted_step(config: TrainConfig, layout: Layout | None = None) -> jax.stages.Wrapped:
     """`train_step` of a run, compiled at its first call; the state before the step is used up."""
     step = functools.partial(train_step, config=config, layout=layout)
     return jax.jit(step, donate_argnames="state")

@@ -13,7 +13,14 @@ import numpy as np
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.model import Params
 from vampnet_jax.training.excerpts import fixed_excerpts
-from vampnet_jax.training.objective import Sums, draw_masks, mask_ratios, masked_sums
+from vampnet_jax.training.objective import (
+    RATIO_BINS,
+    Sums,
+    draw_masks,
+    mask_ratios,
+    masked_sums,
+)
+from vampnet_jax.training.sharding import Layout
 from vampnet_jax.training.tokens import TrackReader
 
 MASK_SEED = 0
@@ -28,10 +35,17 @@ class Validation:
       window: frames per excerpt.
       count: excerpts; every source has one at least.
       batch_size: excerpts scored at once.
+      layout: divides them over several devices; every process must then score.
     """
 
     def __init__(
-        self, reader: TrackReader, config: ModelConfig, window: int, count: int, batch_size: int
+        self,
+        reader: TrackReader,
+        config: ModelConfig,
+        window: int,
+        count: int,
+        batch_size: int,
+        layout: Layout | None = None,
     ) -> None:
         self.config = config
         self.batch_size = batch_size
@@ -40,14 +54,21 @@ class Validation:
         self.ratios = mask_ratios(jnp.uint32(MASK_SEED), numbers)
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(MASK_SEED), n))(numbers)
         self.mask = np.asarray(draw_masks(keys, self.ratios, window, config))
-        self._score = jax.jit(functools.partial(masked_sums, config=config))
+        self._layout = layout
+        if layout is None:
+            self._score = jax.jit(functools.partial(masked_sums, config=config))
+        else:
+            score = functools.partial(
+                masked_sums, config=config, place=layout.split_batch, shards=layout.batch_shards
+            )
+            self._score = jax.jit(score, out_shardings=layout.whole)
 
     def score(self, params: Params) -> dict[str, float]:
         """Score a model's parameters, dropout off.
 
         Returns:
           `log_loss` in nats per masked token, over all and by source (`log_loss/<source>`), and
-          top-1 and top-25 accuracies for mask ratios r < ½ and r ≥ ½.
+          loss (`log_loss_at/<bin>`), top-1 and top-25 accuracies by bin of the mask ratio.
         """
         return self._metrics([self._score(params, *batch) for batch in self._batches()])
 
@@ -62,25 +83,32 @@ class Validation:
         counts, sums = scored.sum((1, 2)), (losses * scored).sum((1, 2))
         return self._loss_by_source(counts, sums)
 
-    def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _batches(self) -> Iterator[tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]]:
         n, size = len(self.tokens), self.batch_size
         for start in range(0, n, size):
             index = np.arange(start, start + size)
             real = (index < n)[:, None, None]  # the last batch is filled with unscored excerpts
             index = np.minimum(index, n - 1)
-            yield self.tokens[index], self.mask[index] & real
+            tokens, mask = self.tokens[index], self.mask[index] & real
+            if self._layout is None:
+                yield tokens, mask
+            else:
+                yield self._layout.divide(tokens), self._layout.divide(mask)
 
     def _metrics(self, batches: list[Sums]) -> dict[str, float]:
         def joined(name: str) -> np.ndarray:
             values = np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
             return values[: len(self.tokens)].astype(np.float64)
 
-        tokens, top_1, top_k = joined("tokens"), joined("top_1"), joined("top_k")
-        metrics = self._loss_by_source(tokens, joined("log_loss"))
+        tokens, log_loss = joined("tokens"), joined("log_loss")
+        top_1, top_k = joined("top_1"), joined("top_k")
+        metrics = self._loss_by_source(tokens, log_loss)
         ratios = np.asarray(self.ratios)
-        for name, chosen in (("r<0.5", ratios < 0.5), ("r>=0.5", ratios >= 0.5)):
+        for name, (low, high) in RATIO_BINS.items():
+            chosen = (ratios >= low) & (ratios < high)
             count = tokens[chosen].sum()
             if count:
+                metrics[f"log_loss_at/{name}"] = float(log_loss[chosen].sum() / count)
                 metrics[f"top1/{name}"] = float(top_1[chosen].sum() / count)
                 metrics[f"top25/{name}"] = float(top_k[chosen].sum() / count)
         return metrics
