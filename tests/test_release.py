@@ -1,5 +1,6 @@
 """A model directory gives back the model that was saved, or says what is wrong with it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from small_models import random_model
 import vampnet_jax as vampnet
 from codec_bridge.errors import InputError
 from vampnet_jax import release
+from vampnet_jax.sampling import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,31 @@ def test_what_is_saved_is_loaded(model, saved):
     assert (loaded.coarse_window, loaded.fine_window) == (40, 20)
     assert (loaded.name, loaded.card) == ("random", "# random\n")
     assert sorted(path.name for path in saved.parent.iterdir()) == ["model"]
+
+
+def test_how_a_model_is_best_sampled_is_kept_and_used(model, tmp_path):
+    options = {
+        "coarse_sampling": SamplingOptions(steps=3, typical_mass=None, top_p=0.5),
+        "fine_sampling": SamplingOptions(steps=1, temperature=0.5),
+    }
+    vampnet.save(dataclasses.replace(model, **options), tmp_path / "model")
+    loaded = vampnet.load(tmp_path / "model")
+    assert loaded.coarse_sampling == options["coarse_sampling"]
+    assert loaded.fine_sampling == options["fine_sampling"]
+    tokens = jnp.zeros((1, 8, 30), jnp.int32)
+    arguments = (tokens, tokens == 0, jax.random.key(0))
+    got = vampnet.vamp(loaded, *arguments)
+    want = vampnet.vamp(model, *arguments, options["coarse_sampling"], options["fine_sampling"])
+    np.testing.assert_array_equal(got, want)
+    assert (got != vampnet.vamp(model, *arguments)).any()
+
+
+def test_impossible_sampling_options_of_a_model_are_refused(saved):
+    description = json.loads((saved / "config.json").read_text())
+    description["coarse"]["sampling"] = {"temperature": -1.0}
+    (saved / "config.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="temperature is -1"):
+        vampnet.load(saved)
 
 
 def test_a_loaded_model_vamps_the_same(model, saved):

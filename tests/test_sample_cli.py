@@ -31,7 +31,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     for name, seed in (("model", 0), ("other", 5)):
         model = random_model(random_codec(seed=seed), seed=seed)
-        vampnet.save(dataclasses.replace(model, fine_window=40), folder / name)
+        model = dataclasses.replace(
+            model,
+            fine_window=40,
+            coarse_sampling=dataclasses.replace(model.coarse_sampling, temperature=0.9),
+            fine_sampling=dataclasses.replace(model.fine_sampling, top_k=15),
+        )
+        vampnet.save(model, folder / name)
     seconds = np.arange(round(0.64 * RATE)) / RATE
     music = 0.2 * np.sin(2 * np.pi * 330 * seconds) * (1 + np.sin(20 * seconds)) / 2
     soundfile.write(folder / "clip.wav", music, RATE)
@@ -108,6 +114,8 @@ def test_each_variation_has_sound_picture_and_record(sample, folder):
     assert record["options"]["seed"] == 7
     assert record["variation"] == 2
     assert record["prompt"]["periodic"] == 7  # the default preset
+    assert record["options"]["temperature"] == 0.9  # the model's own
+    assert record["fine"]["top_k"] == 15
     assert len(record["model"]["codec"]) == 64
     assert "jax" in record["environment"]["versions"]
 

@@ -19,7 +19,7 @@ from vampnet_jax import masks
 from vampnet_jax.prompts import DEFAULT_PRESET, PRESETS, Prompt, frames
 from vampnet_jax.release import Model
 from vampnet_jax.rhythm import Rhythm
-from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, SamplingOptions
+from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.vamping import vamp, window_starts
 
 LOUDNESS = -24.0
@@ -100,8 +100,8 @@ def vamp_audio(
     *,
     seed: int,
     n_variations: int = 1,
-    coarse: SamplingOptions = COARSE_DEFAULTS,
-    fine: SamplingOptions = FINE_DEFAULTS,
+    coarse: SamplingOptions | None = None,
+    fine: SamplingOptions | None = None,
     stereo: bool = False,
     pitch: float = 0.0,
     edit: Edit = NO_EDIT,
@@ -119,7 +119,7 @@ def vamp_audio(
       prompt: what to keep of it.
       seed: 0 to 2³²−1. Variation k depends on the seed and on k, not on how many there are.
       n_variations: N, made as one batch.
-      coarse, fine: how to sample.
+      coarse, fine: how to sample; None is as the model is best sampled.
       stereo: keep two channels apart (of more, the even and the odd ones are mixed) instead of
         mixing all. They share prompt and random numbers, so that what is alike in both stays alike.
       pitch: shift the input by this many semitones first, −12 to 12.
@@ -175,8 +175,8 @@ def generate(
     *,
     seed: int,
     n_variations: int = 1,
-    coarse: SamplingOptions = COARSE_DEFAULTS,
-    fine: SamplingOptions = FINE_DEFAULTS,
+    coarse: SamplingOptions | None = None,
+    fine: SamplingOptions | None = None,
     edit: Edit = NO_EDIT,
     on_progress: Progress | None = None,
 ) -> Variations:

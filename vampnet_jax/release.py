@@ -1,6 +1,7 @@
 """`load` and `save`: a model as a directory that can be handed on.
 
-config.json           dimensions of both models, their windows, the codec's fingerprint
+config.json           dimensions of both models, their windows, how they are best sampled, the
+                      codec's fingerprint
 coarse.safetensors    parameters, float32 or bfloat16; names are paths such as `blocks/query`
 fine.safetensors
 codec.safetensors     the codec, with its kind and dimensions
@@ -27,6 +28,7 @@ from codec_bridge.errors import InputError
 from vampnet_jax import lora
 from vampnet_jax import model as network
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, SamplingOptions
 
 FORMAT_VERSION = 1
 MODELS_IN_THE_BOX = Path(__file__).parent / "models"
@@ -53,6 +55,10 @@ class Model:
     """Frames the coarse model reads at once."""
     fine_window: int
     """Frames the fine model reads at once."""
+    coarse_sampling: SamplingOptions = COARSE_DEFAULTS
+    """How to sample the coarse model unless something else is asked for."""
+    fine_sampling: SamplingOptions = FINE_DEFAULTS
+    """The same for the fine model."""
     name: str = "unnamed"
     card: str = ""
     """The model card, Markdown."""
@@ -107,6 +113,8 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
         codec=codec,
         coarse_window=description["coarse"]["window"],
         fine_window=description["fine"]["window"],
+        coarse_sampling=sampling_defaults(description, "coarse"),
+        fine_sampling=sampling_defaults(description, "fine"),
         name=description["name"],
         card=card,
     )
@@ -221,12 +229,12 @@ def _write(
             "codebook_size": codec.codebook_size,
         },
     }
-    for name, stage, window in (
-        ("coarse", model.coarse, model.coarse_window),
-        ("fine", model.fine, model.fine_window),
+    for name, stage, window, sampling in (
+        ("coarse", model.coarse, model.coarse_window, model.coarse_sampling),
+        ("fine", model.fine, model.fine_window, model.fine_sampling),
     ):
         description[name] = {"window": window, "config": dataclasses.asdict(stage.config)}
-        description[name]["lora"] = name in adapters
+        description[name] |= {"lora": name in adapters, "sampling": dataclasses.asdict(sampling)}
         _save_stage(stage, directory / f"{name}.safetensors", dtype)
         if name in adapters:
             lora.save(directory / f"{name}.lora.safetensors", *adapters[name])
@@ -283,6 +291,12 @@ def load_params(path: Path, config: ModelConfig) -> network.Params:
     return unflatten_dict(flat, sep="/")
 
 
+def sampling_defaults(description: dict[str, Any], name: str) -> SamplingOptions:
+    """How a stage is sampled unless something else is asked for; the original's way if not said."""
+    original = {"coarse": COARSE_DEFAULTS, "fine": FINE_DEFAULTS}[name]
+    return dataclasses.replace(original, **description[name].get("sampling", {}))
+
+
 def read_description(directory: Path) -> dict[str, Any]:
     """The checked content of config.json."""
     path = _existing(directory, "config.json")
@@ -303,6 +317,7 @@ def read_description(directory: Path) -> dict[str, Any]:
             window = description[name]["window"]
             if not isinstance(window, int) or window < 1:
                 raise TypeError(f"{name}.window is {window!r}")
+            sampling_defaults(description, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise

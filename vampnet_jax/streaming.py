@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from codec_bridge.codec import Codec
-from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, SamplingOptions, example_keys
-from vampnet_jax.vamping import _fill, _fold, _independent, window_starts
+from vampnet_jax.sampling import SamplingOptions, example_keys
+from vampnet_jax.vamping import fill, fold_keys, independent, window_starts
 
 if TYPE_CHECKING:
     from vampnet_jax.release import Model
@@ -35,8 +35,8 @@ def stream(
     tokens_or_audio: jax.Array | np.ndarray,
     mask: jax.Array | np.ndarray,
     key: jax.Array,
-    coarse: SamplingOptions = COARSE_DEFAULTS,
-    fine: SamplingOptions = FINE_DEFAULTS,
+    coarse: SamplingOptions | None = None,
+    fine: SamplingOptions | None = None,
 ) -> Iterator[Piece]:
     """Vamp, and yield the audio piece by piece from the beginning as it gets ready.
 
@@ -77,6 +77,8 @@ def stream(
     if 0 in want:
         return iter(())
     source = _encoded_tokens(codec, given, n_codebooks) if is_audio else _given_tokens(given)
+    coarse = model.coarse_sampling if coarse is None else coarse
+    fine = model.fine_sampling if fine is None else fine
     return _pieces(model, source, masked, key, coarse, fine)
 
 
@@ -108,9 +110,9 @@ def _pieces(
 ) -> Iterator[Piece]:
     n_examples, _, n_frames = masked.shape
     n_coarse = model.coarse.config.n_codebooks
-    coarse_keys, fine_keys = (_fold(example_keys(key, n_examples), stage) for stage in (0, 1))
+    coarse_keys, fine_keys = (fold_keys(example_keys(key, n_examples), stage) for stage in (0, 1))
     coarse_window, fine_window = model.coarse_window, model.fine_window
-    passes = _independent(window_starts(n_frames, fine_window), fine_window)
+    passes = independent(window_starts(n_frames, fine_window), fine_window)
     waiting = [list(starts) for starts in passes]
     final = np.zeros(n_frames, bool)
     filled = np.zeros(masked.shape, np.int32)
@@ -119,7 +121,7 @@ def _pieces(
         stop = min(start + coarse_window, n_frames)
         filled[..., known:stop] = source(known, stop)
         known = stop
-        _fill(
+        fill(
             model.coarse, filled[:, :n_coarse], masked[:, :n_coarse], coarse_keys, coarse,
             [[start]], coarse_window, _ignore,
         )  # fmt: skip
@@ -134,7 +136,7 @@ def _pieces(
             ]
             if not ready:
                 continue
-            _fill(
+            fill(
                 model.fine, filled, masked, fine_keys, fine, [ready], fine_window, _ignore
             )  # fmt: skip
             for s in ready:

@@ -15,19 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vampnet_jax.sampling import (
-    COARSE_DEFAULTS,
-    FINE_DEFAULTS,
-    SamplingOptions,
-    example_keys,
-    generate,
-)
+from vampnet_jax import placement
+from vampnet_jax.sampling import SamplingOptions, example_keys, generate
 
 if TYPE_CHECKING:
     from vampnet_jax.release import Model, Stage
 
 MAX_ROWS = 16
-"""Windows decoded at once; bounds memory."""
+"""Windows decoded at once on one device; bounds memory."""
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all) after each step of the work."""
@@ -38,8 +33,8 @@ def vamp(
     tokens: jax.Array,
     mask: jax.Array,
     key: jax.Array,
-    coarse: SamplingOptions = COARSE_DEFAULTS,
-    fine: SamplingOptions = FINE_DEFAULTS,
+    coarse: SamplingOptions | None = None,
+    fine: SamplingOptions | None = None,
     *,
     on_progress: Progress | None = None,
 ) -> jax.Array:
@@ -50,7 +45,7 @@ def vamp(
       tokens: int32 `[B, C, T]`, all codebooks of the fine model, any T.
       mask: bool `[B, C, T]`, True = generate.
       key: one random key, or one per example, as for `generate`.
-      coarse, fine: how to decode each stage.
+      coarse, fine: how to decode each stage; None is as the model is best sampled.
       on_progress: called as windows finish.
 
     Returns:
@@ -65,15 +60,17 @@ def vamp(
         raise ValueError(f"tokens are {tokens.shape}; the model needs [B, {n_codebooks}, T]")
     if mask.shape != tokens.shape:
         raise ValueError(f"mask is {mask.shape} and tokens are {tokens.shape}; they must be alike")
+    coarse = model.coarse_sampling if coarse is None else coarse
+    fine = model.fine_sampling if fine is None else fine
     filled, masked = np.array(tokens, np.int32), np.array(mask, bool)
     n_examples, _, n_frames = filled.shape
     if n_examples == 0 or n_frames == 0:
         return jnp.asarray(filled)
     keys = example_keys(key, n_examples)
-    coarse_keys, fine_keys = (_fold(keys, stage) for stage in (0, 1))
+    coarse_keys, fine_keys = (fold_keys(keys, stage) for stage in (0, 1))
 
     coarse_passes = [[start] for start in window_starts(n_frames, model.coarse_window)]
-    fine_passes = _independent(window_starts(n_frames, model.fine_window), model.fine_window)
+    fine_passes = independent(window_starts(n_frames, model.fine_window), model.fine_window)
     total = sum(map(len, coarse_passes + fine_passes))
     done = 0
 
@@ -83,12 +80,12 @@ def vamp(
         if on_progress is not None:
             on_progress(done, total)
 
-    _fill(
+    fill(
         model.coarse, filled[:, :n_coarse], masked[:, :n_coarse], coarse_keys, coarse,
         coarse_passes, model.coarse_window, report,
     )  # fmt: skip
     masked[:, :n_coarse] = False
-    _fill(model.fine, filled, masked, fine_keys, fine, fine_passes, model.fine_window, report)
+    fill(model.fine, filled, masked, fine_keys, fine, fine_passes, model.fine_window, report)
     return jnp.asarray(filled)
 
 
@@ -112,7 +109,7 @@ def bucket(length: int, window: int) -> int:
     return -(-eighths * window // 8)
 
 
-def _independent(starts: list[int], window: int) -> list[list[int]]:
+def independent(starts: list[int], window: int) -> list[list[int]]:
     """Windows in passes within which none overlap; every other window goes to the first pass."""
     passes: list[list[int]] = []
     for start in starts:
@@ -125,7 +122,7 @@ def _independent(starts: list[int], window: int) -> list[list[int]]:
     return passes
 
 
-def _fill(
+def fill(
     stage: "Stage",
     tokens: np.ndarray,
     mask: np.ndarray,
@@ -140,8 +137,9 @@ def _fill(
     n_examples = len(tokens)
     for starts in passes:
         rows = [(example, start) for start in starts for example in range(n_examples)]
-        for first in range(0, len(rows), MAX_ROWS):
-            group = rows[first : first + MAX_ROWS]
+        at_once = MAX_ROWS * placement.batch_shards(stage.params)
+        for first in range(0, len(rows), at_once):
+            group = rows[first : first + at_once]
             # Of several windows, a few batch sizes mean a few programs for pieces of any length.
             size = len(group) if len(starts) == 1 else _next_power_of_two(len(group))
             _fill_group(stage, tokens, mask, keys, options, group, size, window)
@@ -161,6 +159,7 @@ def _fill_group(
     """Decode some (example, first frame) windows as one batch of `size` rows."""
     spans = [(example, slice(start, start + window)) for example, start in group]
     if any(mask[example, :, span].any() for example, span in spans):
+        size += -size % placement.batch_shards(stage.params)  # each device gets as many
         padded = group + group[-1:] * (size - len(group))
         padded_spans = [(example, slice(start, start + window)) for example, start in padded]
         examples, starts = (np.array(column) for column in zip(*padded, strict=True))
@@ -169,13 +168,13 @@ def _fill_group(
 
         def rows(array: np.ndarray) -> jax.Array:
             stacked = np.stack([array[example, :, span] for example, span in padded_spans])
-            return jnp.asarray(np.pad(stacked, padding))
+            return placement.beside(stage.params, jnp.asarray(np.pad(stacked, padding)))
 
         made = generate(
             stage.params,
             rows(tokens),
             rows(mask),
-            jax.vmap(jax.random.fold_in)(keys[examples], starts),
+            placement.beside(stage.params, jax.vmap(jax.random.fold_in)(keys[examples], starts)),
             stage.config,
             options,
             n_frames=length,
@@ -186,7 +185,8 @@ def _fill_group(
         mask[example, :, span] = False
 
 
-def _fold(keys: jax.Array, data: int) -> jax.Array:
+def fold_keys(keys: jax.Array, data: int) -> jax.Array:
+    """`fold_in` of the same data into B keys."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 

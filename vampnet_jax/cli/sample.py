@@ -35,6 +35,7 @@ from vampnet_jax.cli.sample_options import (
     parse,
     prompt_of,
     sampling_of,
+    with_defaults_of,
 )
 from vampnet_jax.pipeline import Clip, Edit, Variations
 from vampnet_jax.prompts import Prompt
@@ -253,9 +254,9 @@ def _checked(options: Options) -> Job:
     if not -12 <= options.pitch <= 12:
         raise InputError(f"--pitch is {options.pitch:g}; it must be from -12 to 12 semitones.")
     edit = Edit(stretch=options.stretch, extend=options.extend, feedback=options.feedback)
+    options = with_defaults_of(resolve(options.model), options)
     coarse, fine = sampling_of(options, ""), sampling_of(options, "fine_")
     prompt = prompt_of(options)
-    resolve(options.model)
     if options.seconds is None:
         if not options.input:
             raise InputError("give an audio file, or --seconds to make music from nothing.")

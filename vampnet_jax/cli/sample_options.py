@@ -10,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 from codec_bridge.errors import InputError
 from vampnet_jax import pipeline
 from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, preset
+from vampnet_jax.release import read_description, sampling_defaults
 from vampnet_jax.sampling import SamplingOptions
 
 Off = Literal["off", "None"]
@@ -104,31 +105,31 @@ class Options:
     """Repeat an earlier run from the .json beside its result, bit for bit on the same device and
     versions. Goes with INPUT (other audio), -o, --overwrite, --device and --model only."""
 
-    steps: Annotated[int, arg(metavar="N")] = 36
-    """Decoding steps of the coarse model."""
-    temperature: float = 1.0
+    steps: Annotated[int | None, arg(metavar="N")] = None
+    """Decoding steps of the coarse model. This and what follows is the model's own if left out."""
+    temperature: float | None = None
     """Below 1 safer, above 1 wilder."""
-    mask_temperature: float = 10.5
+    mask_temperature: float | None = None
     """Randomness of the order in which tokens are settled; 0 settles the surest first."""
-    sample_cutoff: Annotated[float, arg(metavar="SHARE")] = 1.0
+    sample_cutoff: Annotated[float | None, arg(metavar="SHARE")] = None
     """Share of the steps that draw at random; afterwards the likeliest token is taken."""
-    top_k: int | Off = "off"
+    top_k: int | Off | None = None
     """Draw only from the K likeliest tokens."""
-    top_p: float | Off = "off"
+    top_p: float | Off | None = None
     """Draw only from the likeliest tokens that hold this probability."""
-    typical_mass: float | Off = 0.15
+    typical_mass: float | Off | None = None
     """Draw only from tokens of typical surprisal that hold this probability."""
-    typical_min_tokens: int = 64
+    typical_min_tokens: int | None = None
     """But from at least so many."""
-    fine_steps: Annotated[int, arg(metavar="N")] = 2
+    fine_steps: Annotated[int | None, arg(metavar="N")] = None
     """The same for the fine model."""
-    fine_temperature: float = 1.0
-    fine_mask_temperature: float = 10.5
-    fine_sample_cutoff: Annotated[float, arg(metavar="SHARE")] = 1.0
-    fine_top_k: int | Off = "off"
-    fine_top_p: float | Off = "off"
-    fine_typical_mass: float | Off = 0.15
-    fine_typical_min_tokens: int = 64
+    fine_temperature: float | None = None
+    fine_mask_temperature: float | None = None
+    fine_sample_cutoff: Annotated[float | None, arg(metavar="SHARE")] = None
+    fine_top_k: int | Off | None = None
+    fine_top_p: float | Off | None = None
+    fine_typical_mass: float | Off | None = None
+    fine_typical_min_tokens: int | None = None
 
 
 NOT_RECORDED = ("input", "output", "overwrite", "device", "from_params")
@@ -160,8 +161,19 @@ def as_arguments(values: dict[str, Any]) -> list[str]:
     return arguments
 
 
+def with_defaults_of(model: Path, options: Options) -> Options:
+    """The options with everything about sampling filled in as that model is best sampled."""
+    description = read_description(model)
+    values: dict[str, Any] = {}
+    for stage, prefix in (("coarse", ""), ("fine", "fine_")):
+        for name, value in dataclasses.asdict(sampling_defaults(description, stage)).items():
+            if getattr(options, prefix + name) is None:
+                values[prefix + name] = "off" if value is None else value
+    return dataclasses.replace(options, **values)
+
+
 def sampling_of(options: Options, prefix: str = "") -> SamplingOptions:
-    """How to sample; prefix "fine_" for the fine model."""
+    """How to sample, of options with defaults filled in; prefix "fine_" for the fine model."""
     names = [field.name for field in dataclasses.fields(SamplingOptions)]
     values: dict[str, Any] = {name: getattr(options, prefix + name) for name in names}
     values = {name: None if value in OFF else value for name, value in values.items()}
