@@ -46,12 +46,12 @@ def test_the_first_piece_takes_one_coarse_window(model, monkeypatch):
     """And no more of the recording is encoded than that needs."""
     audio, _, mask = music(model, 131 * model.codec.hop_length - 7)
     heard, windows = [], []
-    encode, fill = model.codec.encode, streaming._fill
+    encode, fill = model.codec.encode, streaming.fill
     monkeypatch.setattr(
         model.codec, "encode", lambda audio: (heard.append(audio.shape[1]), encode(audio))[1]
     )
     monkeypatch.setattr(
-        streaming, "_fill", lambda stage, *rest: (windows.append(stage), fill(stage, *rest))[1]
+        streaming, "fill", lambda stage, *rest: (windows.append(stage), fill(stage, *rest))[1]
     )
     pieces = vampnet.stream(model, audio, mask, KEY, **OPTIONS)
     first = next(pieces)

@@ -50,7 +50,7 @@ def test_windows_cover_everything_and_share_a_quarter(n_frames, window):
 @given(n_frames=st.integers(1, 400), window=st.integers(1, 50))
 def test_windows_of_one_pass_do_not_overlap(n_frames, window):
     starts = vamping.window_starts(n_frames, window)
-    passes = vamping._independent(starts, window)
+    passes = vamping.independent(starts, window)
     assert sorted(s for members in passes for s in members) == starts
     assert len(passes) <= 3
     for members in passes:
