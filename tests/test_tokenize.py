@@ -16,8 +16,9 @@ import codec_bridge
 from codec_bridge import InputError
 from vampnet_jax.cli import run as run_command
 from vampnet_jax.cli.tokenize import main as tokenize
+from vampnet_jax.training.audio_files import assign_splits, find_audio
 from vampnet_jax.training.loudness import excerpt_loudness, frame_loudness
-from vampnet_jax.training.tokenising import Outcome, assign_splits, find_audio, tokenise
+from vampnet_jax.training.tokenising import Outcome, tokenise
 from vampnet_jax.training.tokens import TrackReader, read_codebooks, read_manifest
 
 RATE = 8000

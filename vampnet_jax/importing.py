@@ -47,7 +47,7 @@ def import_model(
 
     Args:
       coarse, fine: the two stages.
-      codec_path: the codec of both, any file or name `codec_bridge.load` takes.
+      codec_path: the codec of both, any file or name `release.find_codec` takes.
       directory: appears whole or not at all.
       keep_lora: keep the original's LoRA adapters in files of their own (merged when the model is
         loaded) instead of merging them into the weights now.
@@ -62,7 +62,7 @@ def import_model(
     """
     directory = Path(directory)
     release.check_free(directory, overwrite=overwrite)
-    codec = codec_bridge.load(codec_path)
+    codec = release.find_codec(codec_path)
     stages, windows, adapters = [], [], {}
     for stage, source in (("coarse", coarse), ("fine", fine)):
         checkpoint, seconds = _read(source, codec, keep_lora)

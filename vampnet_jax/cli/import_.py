@@ -21,7 +21,7 @@ class ImportOptions:
     fine: Path
     """The fine (coarse-to-fine) model, likewise."""
     codec: str
-    """The codec of both: a codec file, or the name of released weights such as 44khz."""
+    """The codec of both: a codec file, or the name of released weights (44khz) or model (tiny)."""
     coarse_lora: Path | None = None
     """A fine-tune's lora.pth for the coarse model."""
     fine_lora: Path | None = None

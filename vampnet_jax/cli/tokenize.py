@@ -27,13 +27,16 @@ class TokenizeOptions:
     model: str = "tiny"
     """The model whose codec makes the tokens."""
     codec: str | None = None
-    """A codec file instead, or the name of one."""
+    """A codec file instead, or the name of a codec or model."""
     split: Literal["train", "validation", "test"] | None = None
     """What these files are for (without any split, training holds out one track in twenty)."""
     split_file: Path | None = None
     """JSON that lists the names of tracks by split; files that it does not name are left out."""
     workers: int = min(8, os.cpu_count() or 1)
-    """Processes that encode; each takes about 1.5 GB of memory."""
+    """Processes that encode; each loads PyTorch and the codec."""
+    shard: str | None = None
+    """Encode one share of the files: 2/4 is the second of four, auto asks Slurm, Open MPI, a TPU
+    pod or JAX_PROCESS_ID. All hosts write into one folder, at once or one after another."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.split and options.split_file:
         raise InputError("Give --split or --split-file, not both.")
     try:
-        from vampnet_jax.training import tokenising
+        from vampnet_jax.training import audio_files, hosts, tokenising
     except ImportError as error:
         raise InputError(
             f"Tokenising needs the package {error.name}; install vampnet-jax[train]."
@@ -56,14 +59,15 @@ def main(argv: list[str] | None = None) -> int:
 
     *inputs, out = options.paths
     console = Console()
-    files = tokenising.find_audio(inputs)
+    host = hosts.parse_host(options.shard, os.environ) if options.shard else None
+    files = audio_files.find_audio(inputs)
     if options.split_file:
-        files, left_out = tokenising.assign_splits(files, options.split_file)
+        files, left_out = audio_files.assign_splits(files, options.split_file)
         if left_out:
             console.print(f"{len(left_out)} files are in no split: left out")
     elif options.split:
         files = [dataclasses.replace(file, split=options.split) for file in files]
-    load = functools.partial(load_codec, options.model, options.codec)
+    load = functools.partial(_load_codec, options.model, options.codec)
     columns = ("tokenising", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("tokenising")
@@ -72,12 +76,14 @@ def main(argv: list[str] | None = None) -> int:
             out,
             load,
             workers=options.workers,
+            host=host,
             report=lambda done, total: progress.update(task, completed=done, total=total),
         )
     tracks = outcome.manifest.tracks
     hours = sum(track.seconds for track in tracks) / 3600
+    share = f", share {host.number} of {host.count}" if host else ""
     console.print(
-        f"{out}: {len(tracks)} tracks, {hours:.2f} h ({outcome.encoded} new, "
+        f"{out}{share}: {len(tracks)} tracks, {hours:.2f} h ({outcome.encoded} new, "
         f"{outcome.unchanged} unchanged, {len(outcome.skipped)} skipped)"
     )
     for path, problem in outcome.skipped.items():
@@ -85,12 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_codec(model: str, codec: str | None) -> "Codec":
+def _load_codec(model: str, codec: str | None) -> "Codec":
     """The codec of a model, or one by itself; a function of this module, so picklable."""
-    import codec_bridge
+    from vampnet_jax.release import find_codec, load_codec
 
-    if codec is not None:
-        return codec_bridge.load(codec)
-    from vampnet_jax.release import resolve
-
-    return codec_bridge.load(resolve(model))
+    return load_codec(model) if codec is None else find_codec(codec)

@@ -1,14 +1,15 @@
-"""Audio files to a token folder: in parallel, resumable, safe to repeat.
+"""Audio files to a token folder: in parallel, on several hosts, resumable, safe to repeat.
 
 Every finished track is kept at once, as a file of its records in the hidden folder `.parts`; when
 all are done they are packed into shards and the manifest is replaced. So a run that was stopped
 anywhere loses at most the tracks that were being encoded, and a run that is repeated does
 only what is new or changed.
+
+Hosts that share the folder divide the files by a hash of their names and write shards and
+manifests of their own; a run on one host takes these together.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,15 +31,18 @@ import safetensors.numpy
 from codec_bridge import audio
 from codec_bridge.atomic import atomic_write
 from codec_bridge.errors import InputError
+from vampnet_jax.training.audio_files import AudioFile
+from vampnet_jax.training.hosts import Host, alone
 from vampnet_jax.training.loudness import frame_loudness
 from vampnet_jax.training.tokens import (
     CODEBOOKS,
+    HOST_MANIFEST,
     MANIFEST,
     SHARD_NAME,
-    SPLITS,
     CodecInfo,
     Manifest,
     Track,
+    host_manifests,
     pack_records,
     read_manifest,
     write_codebooks,
@@ -46,10 +51,10 @@ from vampnet_jax.training.tokens import (
 )
 
 Read = Callable[[Path], audio.Audio]
-EXTENSIONS = re.compile(r"\.(wav|flac|og[ga]|opus|mp3|aif[fc]?|au|w64)", re.IGNORECASE)
 SHARD_BYTES = 256 * 2**20
 PARTS = ".parts"
 REPORT = "skipped.json"
+HOST_REPORT = re.compile(r"skipped-\d{5,}-of-\d{5,}\.json")
 
 
 class Encoder(Protocol):
@@ -75,22 +80,6 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioFile:
-    """One track to be."""
-
-    path: Path
-    name: str
-    """Source, then the path below it without its extension."""
-    source: str
-    split: str | None = None
-
-    def stamp(self) -> tuple[int, int]:
-        """Size in bytes and time of change in seconds."""
-        status = self.path.stat()
-        return status.st_size, int(status.st_mtime)
-
-
-@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a run did."""
 
@@ -99,73 +88,7 @@ class Outcome:
     skipped: Mapping[str, str]
     """Path → why, of files that could not be used."""
     manifest: Manifest
-
-
-def find_audio(paths: Sequence[Path]) -> list[AudioFile]:
-    """The audio files among `paths` and below its folders, in the order of their names.
-
-    A file below a folder is called by its path there without extension, and its first folder is
-    its source; a file directly in a folder, or given itself, has that folder as its source.
-
-    Raises:
-      InputError: a path does not exist, there is no audio, or two files would have one name.
-    """
-    found: dict[str, AudioFile] = {}
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist.")
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if EXTENSIONS.fullmatch(file.suffix))
-            pairs = [(file, file.relative_to(path)) for file in files if _is_visible(file, path)]
-        else:
-            pairs = [(path, Path(path.name))]
-        top = (path if path.is_dir() else path.absolute().parent).resolve().name or "audio"
-        for file, relative in pairs:
-            if len(relative.parts) == 1:
-                relative = top / relative
-            track = AudioFile(file, relative.with_suffix("").as_posix(), relative.parts[0])
-            if found.setdefault(track.name, track).path.resolve() != file.resolve():
-                raise InputError(
-                    f"{found[track.name].path} and {file} would both be track {track.name!r}; "
-                    "rename one or tokenise them into separate folders."
-                )
-    if not found:
-        raise InputError(f"There is no audio in {', '.join(map(str, paths))}.")
-    return [found[name] for name in sorted(found)]
-
-
-def _is_visible(file: Path, folder: Path) -> bool:
-    return file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-
-
-def assign_splits(
-    files: Sequence[AudioFile], split_file: Path
-) -> tuple[list[AudioFile], list[str]]:
-    """Give each file its split from a JSON file `{"train": [names], "validation": …, "test": …}`.
-
-    Returns:
-      The files that the JSON names, and the names of the others, which are left out.
-
-    Raises:
-      InputError: the file cannot be read, or names no file or one twice.
-    """
-    try:
-        content = json.loads(split_file.read_text(encoding="utf-8"))
-        splits = {name: split for split in content for name in content[split]}
-        count = sum(len(names) for names in content.values())
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{split_file} is not a JSON of splits and names: {error}.") from error
-    unknown = set(content) - set(SPLITS)
-    if unknown:
-        raise InputError(f"{split_file} has split {min(unknown)!r}; use {', '.join(SPLITS)}.")
-    if count != len(splits):
-        raise InputError(f"{split_file} names a track twice.")
-    named = [dataclasses.replace(f, split=splits[f.name]) for f in files if f.name in splits]
-    if not named:
-        raise InputError(
-            f"{split_file} names none of the {len(files)} tracks, for example {files[0].name!r}."
-        )
-    return named, [file.name for file in files if file.name not in splits]
+    """Of the folder, or of one host's share of it."""
 
 
 def describe(codec: Encoder) -> CodecInfo:
@@ -201,16 +124,19 @@ def tokenise(
     load_codec: Callable[[], Encoder],
     *,
     workers: int,
+    host: Host | None = None,
     read: Read = audio.read,
     report: Callable[[int, int], object] = lambda done, total: None,
 ) -> Outcome:
     """Tokenise files into the token folder `out`, which may already hold tracks.
 
     Args:
-      files: what to tokenise; tracks of the same name that have not changed are left alone.
+      files: what to tokenise, the same for all hosts; tracks of the same name that have not
+        changed are left alone.
       out: made if missing.
       load_codec: gives the codec; called here and in every worker process, so picklable.
       workers: processes.
+      host: tokenise the share of one of several hosts; they may run at once.
       read: path → audio, picklable; files that are no usual audio files can be read so.
       report: hears how many files of how many are done.
 
@@ -220,20 +146,21 @@ def tokenise(
     """
     codec = load_codec()
     info = describe(codec)
-    manifest = _existing(out, info)
+    manifest = _existing(out, info, host)
+    if host is not None:
+        files = [file for file in files if host.has(file.name)]
     parts = out / PARTS
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}.") from error
-    with _alone(parts):
-        for unfinished in parts.glob(".*"):  # of a run that was killed
-            unfinished.unlink()
+    with alone(parts, host):
+        manifest = _existing(out, info, host)  # another run may just have ended
         codebooks = np.asarray(codec.codebooks)
         del codec
         known = {track.name: track for track in manifest.tracks}
         changed = [f for f in files if not _is_known(f, known.get(f.name))]
         places = [(file, _part(out, file, info)) for file in changed]
+        own = {part.stem for _, part in places}
+        for unfinished in parts.glob(".*"):  # of a run that was killed
+            if host is None or unfinished.name.split(".")[1] in own:
+                unfinished.unlink()
         todo = [(file, part) for file, part in places if not part.exists()]
         counter = itertools.count(len(files) - len(todo))
         report(next(counter), len(files))
@@ -243,10 +170,12 @@ def tokenise(
                 todo, load_codec, read, workers, lambda: report(next(counter), len(files))
             )
         ready = [(file, part) for file, part in places if part.exists()]
-        fresh = _pack(out, ready)
+        fresh = _pack(out, ready, host)
         splits = {file.name: file.split for file in files if file.split}
         tracks = {track.name: track for track in [*manifest.tracks, *fresh]}
-        if not tracks:
+        if host is not None:
+            tracks = {name: track for name, track in tracks.items() if host.has(name)}
+        elif not tracks:
             first, problem = next(iter(skipped.items()))
             raise InputError(f"None of the {len(files)} files could be used; {first}: {problem}")
         manifest = Manifest(
@@ -257,26 +186,40 @@ def tokenise(
             ),
         )
         write_codebooks(out, codebooks, info.fingerprint)
-        write_manifest(out, manifest)
-        with atomic_write(out / REPORT) as path:
+        write_manifest(out, manifest, MANIFEST if host is None else f"manifest-{host.label}.json")
+        with atomic_write(out / (REPORT if host is None else f"skipped-{host.label}.json")) as path:
             path.write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
         for _, part in ready:
             part.unlink()
-        named = {track.shard for track in manifest.tracks}
-        for path in out.iterdir():  # of changed tracks, or of a run that ended while packing
-            if _is_shard(path) and path.name not in named:
-                path.unlink()
+        if host is None:
+            _remove_unnamed(out, manifest)
     return Outcome(len(fresh), len(files) - len(changed), skipped, manifest)
 
 
-def _existing(out: Path, info: CodecInfo) -> Manifest:
+def _remove_unnamed(out: Path, manifest: Manifest) -> None:
+    """Files that the folder's manifest replaces: of hosts, of changed tracks, of a killed run."""
+    named = {track.shard for track in manifest.tracks}
+    for path in out.iterdir():
+        old_shard = _is_shard(path) and path.name not in named
+        if old_shard or HOST_MANIFEST.fullmatch(path.name) or HOST_REPORT.fullmatch(path.name):
+            path.unlink()
+
+
+def _existing(out: Path, info: CodecInfo, host: Host | None) -> Manifest:
+    """What the folder holds, of all hosts."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder.")
-    if not (out / MANIFEST).exists():
+    by_host, count = host_manifests(out)
+    if host is not None and by_host and host.count != count:
+        raise InputError(
+            f"{out} was begun by {count} hosts; repeat with --shard NUMBER/{count}, or once "
+            "without --shard, which takes their work together."
+        )
+    if not (by_host or (out / MANIFEST).exists()):
         if out.exists() and any(not p.name.startswith(".") for p in _strangers(out)):
             raise InputError(f"{out} has other files in it; choose a new or empty folder.")
         return Manifest(info, ())
-    manifest = read_manifest(out)
+    manifest = read_manifest(out, complete=False)
     if manifest.codec != info:
         raise InputError(
             f"{out} holds tokens of another codec ({manifest.codec.fingerprint[:12]}…) than the "
@@ -286,27 +229,8 @@ def _existing(out: Path, info: CodecInfo) -> Manifest:
 
 
 def _strangers(out: Path) -> Iterator[Path]:
-    return (p for p in out.iterdir() if p.name != CODEBOOKS and not SHARD_NAME.fullmatch(p.name))
-
-
-@contextlib.contextmanager
-def _alone(parts: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of the lock however this process ends."""
-    path = parts / "lock"
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"Another `vampnet tokenize` is writing to {parts.parent}; wait for it to end."
-            ) from error
-        try:
-            yield
-        finally:
-            path.unlink()
-            for folder in (parts, parts.parent):  # goes if it is empty
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+    ours = (SHARD_NAME, HOST_REPORT, re.compile(re.escape(CODEBOOKS)))
+    return (p for p in out.iterdir() if not any(name.fullmatch(p.name) for name in ours))
 
 
 def _is_known(file: AudioFile, track: Track | None) -> bool:
@@ -361,7 +285,16 @@ def _start_worker(load_codec: Callable[[], Encoder], read: Read, threads: int) -
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads leave the core to other workers
     jax.config.update("jax_platforms", "cpu")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = (load_codec(), read)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers, so they watch it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _worker: tuple[Encoder, Read] | None = None
@@ -385,14 +318,15 @@ def _encode_part(file: AudioFile, part: Path) -> str | None:
     return None
 
 
-def _pack(out: Path, ready: Sequence[tuple[AudioFile, Path]]) -> list[Track]:
+def _pack(out: Path, ready: Sequence[tuple[AudioFile, Path]], host: Host | None) -> list[Track]:
     """Write the parts into new shards."""
-    numbers = [int(path.stem.split("-")[1]) for path in out.iterdir() if _is_shard(path)]
-    number = max(numbers, default=-1) + 1
+    prefix = "tokens" if host is None else f"tokens-{host.label}"
+    found = [path.stem.rpartition("-") for path in out.iterdir() if _is_shard(path)]
+    number = max((int(last) for first, _, last in found if first == prefix), default=-1) + 1
     fresh: list[Track] = []
     waiting = list(ready)
     while waiting:
-        name = f"tokens-{number:05d}.arrayrecord"
+        name = f"{prefix}-{number:05d}.arrayrecord"
         placed: list[Track] = []
 
         def records(name: str = name, placed: list[Track] = placed) -> Iterator[bytes]:

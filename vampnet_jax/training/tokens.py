@@ -5,6 +5,9 @@
     tokens-00000.arrayrecord shards; a record is a safetensors blob of up to `RECORD_FRAMES` frames
                              of a track: `tokens` uint16 [frames, C], `loudness` float16 [frames]
 
+Several hosts may write into one folder: host 2 of 4 has `manifest-00002-of-00004.json` and shards
+`tokens-00002-of-00004-00000.arrayrecord`, and whoever reads takes the manifests together.
+
 A track's records follow one another in one shard, so an excerpt reads one or two records however
 long the track is. The manifest decides what is in the folder: it is replaced in one piece after
 the shards that it names are complete, and a shard that it does not name does not count.
@@ -31,7 +34,8 @@ FORMAT_VERSION = 1
 RECORD_FRAMES = 2048
 MANIFEST = "manifest.json"
 CODEBOOKS = "codebooks.safetensors"
-SHARD_NAME = re.compile(r"tokens-\d{5,}\.arrayrecord")
+SHARD_NAME = re.compile(r"tokens-(\d{5,}-of-\d{5,}-)?\d{5,}\.arrayrecord")
+HOST_MANIFEST = re.compile(r"manifest-(\d{5,})-of-(\d{5,})\.json")
 SPLITS = ("train", "validation", "test")
 
 
@@ -98,17 +102,65 @@ class Manifest:
         return json.dumps(head, indent=1)[:-2] + f',\n "tracks": [\n  {lines}\n ]\n}}\n'
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json`.
+def host_manifests(folder: Path) -> tuple[dict[int, Path], int]:
+    """The manifests of single hosts by the host's number from 1, and how many hosts there are.
 
     Raises:
-      InputError: the folder has no manifest, or one that this version cannot read.
+      InputError: they are not of one division of the work.
     """
-    path = folder / MANIFEST
+    found: dict[int, Path] = {}
+    counts: set[int] = set()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := HOST_MANIFEST.fullmatch(path.name):
+            found[int(match[1])] = path
+            counts.add(int(match[2]))
+    if len(counts) > 1:
+        raise InputError(
+            f"{folder} has manifests of {' and of '.join(map(str, sorted(counts)))} hosts; delete "
+            "those of one division."
+        )
+    return found, max(counts, default=0)
+
+
+def read_manifest(folder: Path, *, complete: bool = True) -> Manifest:
+    """Read and check `manifest.json` and the manifests of hosts, which are newer.
+
+    Args:
+      folder: the token folder.
+      complete: refuse a folder that some hosts have not finished.
+
+    Raises:
+      InputError: the folder has no manifest, one that this version cannot read, or manifests of
+        different codecs; or a host has not finished.
+    """
+    by_host, n_hosts = host_manifests(folder)
+    paths = [folder / MANIFEST] if (folder / MANIFEST).is_file() or not by_host else []
+    paths += by_host.values()
+    missing = sorted(set(range(1, n_hosts + 1)) - set(by_host))
+    if missing and complete:
+        raise InputError(
+            f"{folder} lacks the tokens of host {missing[0]} of {n_hosts}; run `vampnet tokenize "
+            f"AUDIO... {folder} --shard {missing[0]}/{n_hosts}` first."
+        )
+    manifests = [_read_one(path) for path in paths]
+    tracks: dict[str, Track] = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        if manifest.codec != manifests[0].codec:
+            raise InputError(
+                f"{path} has tokens of another codec ({manifest.codec.fingerprint[:12]}…) than "
+                f"{paths[0].name} ({manifests[0].codec.fingerprint[:12]}…); tokenise again."
+            )
+        tracks |= {track.name: track for track in manifest.tracks}
+    if complete and not tracks:
+        raise InputError(f"{folder} holds no tracks; tokenise some audio.")
+    return Manifest(manifests[0].codec, tuple(track for _, track in sorted(tracks.items())))
+
+
+def _read_one(path: Path) -> Manifest:
     if not path.is_file():
         raise InputError(
-            f"{folder} is no token folder: it has no {MANIFEST}; make one with "
-            f"`vampnet tokenize AUDIO... {folder}`."
+            f"{path.parent} is no token folder: it has no {MANIFEST}; make one with "
+            f"`vampnet tokenize AUDIO... {path.parent}`."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -145,9 +197,9 @@ def _from_json(kind: type, content: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest in one piece."""
-    with atomic_write(folder / MANIFEST) as path:
+def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Replace the manifest, or that of one host, in one piece."""
+    with atomic_write(folder / name) as path:
         path.write_text(manifest.to_json(), encoding="utf-8")
 
 
