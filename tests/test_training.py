@@ -62,6 +62,18 @@ def test_mask_ratios_cover_zero_to_one_evenly_in_every_stretch_of_the_run():
         assert np.abs(ratios - (np.arange(100) + 0.5) / 100).max() < 0.03
 
 
+def test_the_global_batch_of_every_step_is_stratified():
+    # Example b of step s is number s·B + b, whichever process or device has it.
+    for batch in (8, 25, 256):
+        for step in (0, 1, 999):
+            numbers = step * batch + np.arange(batch)
+            ratios = np.sort(mask_ratios(jnp.uint32(3), jnp.asarray(numbers, jnp.uint32)))
+            worst = np.abs(ratios - (np.arange(batch) + 0.5) / batch).max()
+            assert worst < 1.5 / batch + 0.01
+            by_quarter = np.histogram(ratios, bins=4, range=(0, 1))[0]
+            assert np.abs(by_quarter - batch / 4).max() <= 2
+
+
 def test_tokens_are_masked_with_probability_cos_of_half_pi_r_and_conditioning_ones_never():
     ratios = jnp.array([0.0, 0.3, 0.5, 0.9])
     mask = draw_masks(jax.random.split(jax.random.key(0), 4), ratios, 4000, FINE)
@@ -105,8 +117,9 @@ def test_accuracies_are_told_apart_by_mask_ratio_and_a_batch_without_masks_has_l
     assert np.isnan(metrics["top1/r<0.5"])
     hits = sums._replace(tokens=jnp.full(4, 2.0), top_1=jnp.array([2.0, 1.0, 0.0, 1.0]))
     metrics = metrics_by_ratio(hits, jnp.array([0.1, 0.2, 0.6, 0.7]))
-    assert metrics["top1/r<0.5"] == 0.75
-    assert metrics["top1/r>=0.5"] == 0.25
+    assert metrics["top1/r<0.5"] == metrics["top1/r0-0.25"] == 0.75
+    assert metrics["top1/r>=0.5"] == metrics["top1/r0.5-0.75"] == 0.25
+    assert np.isnan(metrics["top1/r0.75-1"])
 
 
 def test_training_learns_a_pattern_and_never_touches_the_codebooks():
