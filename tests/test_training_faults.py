@@ -138,11 +138,13 @@ def test_a_run_can_begin_with_the_weights_of_another(whole_run, tokens, tmp_path
     command = [str(tokens), "--out", str(run), "--init-from", str(whole_run), *sizes]
     starts = []
     with_weights = loop.with_weights
-    monkeypatch.setattr(
-        loop,
-        "with_weights",
-        lambda *a: (starts.append(with_weights(*a)), starts[-1])[1],
-    )
+
+    def with_weights_noted(state, params):
+        begun = with_weights(state, params)
+        starts.append(jax.tree.map(np.array, begun))  # its buffers are donated
+        return begun
+
+    monkeypatch.setattr(loop, "with_weights", with_weights_noted)
     assert train([*command, "--steps=1"]) == 0
     weights, config = load_run(whole_run)
     np.testing.assert_array_equal(starts[0].params["norm"], weights["norm"])
@@ -167,6 +169,21 @@ def test_ctrl_c_while_modules_load_ends_at_once_without_a_traceback():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == INTERRUPTED
     assert done.stderr.strip() == "interrupted"
+
+
+def test_ctrl_c_during_the_first_imports_leaves_no_traceback():
+    script = Path(__file__).parent.parent / "train.py"
+    command = [sys.executable, "-X", "importtime", str(script)]  # tells what is being imported
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "codec_bridge.errors" in line:  # the first of ours; JAX comes next
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode in (INTERRUPTED, -signal.SIGINT)
+    assert "Traceback" not in rest
+    assert "orbax" not in rest
 
 
 # --- checkpoints

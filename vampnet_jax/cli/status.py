@@ -40,4 +40,6 @@ def loading() -> Iterator[None]:
     try:
         yield
     finally:
+        if before is signal.SIG_DFL:  # the root scripts leave it so
+            before = signal.default_int_handler
         signal.signal(signal.SIGINT, before)

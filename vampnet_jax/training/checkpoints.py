@@ -7,7 +7,6 @@ RUN/log.jsonl              one line of metrics per report
 RUN/tensorboard/           the same for TensorBoard
 """
 
-import functools
 import json
 import math
 import warnings
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import (
@@ -30,10 +28,11 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from codec_bridge.atomic import atomic_write
 from codec_bridge.errors import InputError
+from vampnet_jax import lora
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.model import Params
 from vampnet_jax.training.config import TrainConfig
-from vampnet_jax.training.step import TrainState, init_state, with_codebooks
+from vampnet_jax.training.step import TrainState, abstract_state, with_codebooks
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -241,6 +240,8 @@ class Checkpoints:
             partial_restore=True,
         )
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        if config.lora is not None:
+            return restored[kept]
         return with_codebooks(restored[kept], restored["codebooks"])
 
     def close(self) -> None:
@@ -258,13 +259,41 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Params, M
 
     Returns:
       Parameters as `vampnet_jax.apply` takes them (the moving average where the run keeps one)
-      and the model's configuration.
+      and the model's configuration. The adapters of a LoRA run are merged into the model that it
+      adapts.
 
     Raises:
-      InputError: no run, no checkpoint that can be read, or no such step.
+      InputError: no run, no checkpoint that can be read, or no such step; or the model that a LoRA
+        run adapts is not where it was.
     """
-    run = Path(run_dir)
-    config, _ = read_run(run)
+    config, facts, params = _load(Path(run_dir), step)
+    if config.lora is None:
+        return params, config.model
+    from vampnet_jax.training.initial import load_adapted
+
+    return lora.merge(load_adapted(facts), params, config.lora), config.model
+
+
+def load_adapters(
+    run_dir: str | Path, *, step: int | None = None
+) -> tuple[lora.Adapters, lora.LoraConfig]:
+    """The adapters of a LoRA run, as `vampnet_jax.lora.attach` and `merge` take them.
+
+    Args:
+      run_dir, step: as for `load_run`.
+
+    Raises:
+      InputError: as `load_run`, or the run trains no adapters.
+    """
+    config, _, adapters = _load(Path(run_dir), step)
+    if config.lora is None:
+        raise InputError(f"{run_dir} trains a whole model, no LoRA adapters; use `vampnet import`.")
+    return adapters, config.lora
+
+
+def _load(run: Path, step: int | None) -> tuple[TrainConfig, dict[str, Any], Params]:
+    """Settings, facts, and what was trained."""
+    config, facts = read_run(run)
     if not (run / "checkpoints").is_dir():
         raise InputError(f"{run} has no checkpoint yet; train for longer.")
     checkpoints = Checkpoints(run, config.keep, read_only=True)
@@ -276,7 +305,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Params, M
     try:
         for chosen in checkpoints.by_loss() if step is None else [step]:
             try:
-                return checkpoints.restore_params(config, chosen), config.model
+                return config, facts, checkpoints.restore_params(config, chosen)
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 warnings.warn(f"{run}: checkpoint {chosen} cannot be read ({error})", stacklevel=2)
         which = "No checkpoint" if step is None else f"Checkpoint {step}"
@@ -293,10 +322,7 @@ def _saved_part(state: TrainState) -> dict[str, Any]:
 
 def _abstract_state(config: TrainConfig, shardings: TrainState | None) -> TrainState:
     """Shapes and places of the state."""
-    model = config.model
-    shape = (model.n_codebooks, model.vocab_size, model.latent_dim)
-    codebooks = jax.ShapeDtypeStruct(shape, jnp.float32)
-    state = jax.eval_shape(functools.partial(init_state, config), codebooks)
+    state = abstract_state(config)._replace(frozen={})
     if shardings is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one, state)
