@@ -15,6 +15,8 @@ COMMANDS = {
     "tokenize": "turn audio files into a folder of tokens",
     "import": "make a model directory from checkpoints or training runs",
     "export-torch": "write a model as the original's .pth files",
+    "compress": "audio to a small file of tokens",
+    "decompress": "such a file to audio again",
     "download": "fetch the original's published weights",
 }
 """Sub-command → what it does; `a-b` lives in the module `vampnet_jax.cli.a_b`."""
