@@ -1,9 +1,10 @@
-"""From checkpoints of the original, or training runs of ours, to a model directory."""
+"""From checkpoints of the original, training runs or LoRA adapters to a model directory."""
 
 import dataclasses
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 
 import codec_bridge
 from codec_bridge.errors import InputError
-from vampnet_jax import pth, release
+from vampnet_jax import lora, pth, release
 from vampnet_jax.prompts import frames
 
 WINDOW_SECONDS = {"coarse": 10.0, "fine": 3.0}
@@ -74,6 +75,64 @@ def import_model(
         card = _card(name if name != "unnamed" else directory.name, coarse, fine, Path(codec_path))
     model = release.Model(stages[0], stages[1], codec, windows[0], windows[1], name, card)
     release.save(model, directory, dtype=dtype, overwrite=overwrite, adapters=adapters)
+
+
+def merge_lora(
+    model: str | os.PathLike,
+    runs: Sequence[str | os.PathLike],
+    directory: str | os.PathLike,
+    *,
+    keep_lora: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    name: str = "unnamed",
+    overwrite: bool = False,
+) -> None:
+    """Write a model with the adapters of LoRA runs.
+
+    Args:
+      model: what the runs adapt, a directory or a name; what they do not adapt is taken as it is.
+      runs: folders of LoRA runs, one for a stage at most. Of each the checkpoint of lowest
+        validation loss is taken.
+      directory: appears whole or not at all.
+      keep_lora: keep the adapters in files of their own (merged when the model is loaded) instead
+        of merging them into the weights now.
+      dtype, name, overwrite: as for `import_model`.
+
+    Raises:
+      InputError: a run is none, trains no adapters or those of another model, two train one
+        stage, or the directory exists.
+    """
+    from vampnet_jax.training.checkpoints import load_adapters, read_run
+
+    directory = Path(directory)
+    release.check_free(directory, overwrite=overwrite)
+    whole = release.load(model)
+    adapters: dict[str, tuple[lora.Adapters, lora.LoraConfig]] = {}
+    for run in map(Path, runs):
+        facts = read_run(run)[1]
+        stage = facts["stage"]
+        if stage in adapters:
+            raise InputError(f"{run} is a second run of the {stage} stage; give one.")
+        adapters[stage] = load_adapters(run)
+        found = lora.fingerprint(getattr(whole, stage).params)
+        if found != facts["adapted"]["fingerprint"]:
+            raise InputError(
+                f"{run} adapts {facts['adapted']['source']}, whose {stage} stage is not that of "
+                f"{model}; give that model."
+            )
+    note = "\n".join(f"- the {stage} stage by {kind[1]}" for stage, kind in adapters.items())
+    whole = dataclasses.replace(
+        whole, name=name, card=f"{whole.card.rstrip()}\n\n## Adapted by LoRA\n\n{note}\n"
+    )
+    if not keep_lora:
+        merged = {
+            stage: getattr(whole, stage)._replace(
+                params=lora.merge(getattr(whole, stage).params, *pair)
+            )
+            for stage, pair in adapters.items()
+        }
+        whole, adapters = dataclasses.replace(whole, **merged), {}
+    release.save(whole, directory, dtype=dtype, overwrite=overwrite, adapters=adapters)
 
 
 def sha256(path: str | os.PathLike) -> str:

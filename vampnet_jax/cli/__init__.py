@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a coarse or fine model from a folder of tokens",
     "tokenize": "turn audio files into a folder of tokens",
     "import": "make a model directory from checkpoints or training runs",
+    "merge-lora": "put LoRA adapters that were trained into their model",
     "export-torch": "write a model as the original's .pth files",
     "compress": "audio to a small file of tokens",
     "decompress": "such a file to audio again",

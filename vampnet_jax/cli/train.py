@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from codec_bridge.errors import InputError
 from vampnet_jax.cli.status import FAILED_CHECK, INTERRUPTED, OK, TRY_AGAIN, loading
+
+LoraTarget = Literal["query", "key", "value", "out", "up", "down"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +23,29 @@ class TrainOptions:
 
     out: Path | None = None
     """Folder of the run: configuration, checkpoints, logs."""
-    data: Annotated[Path | None, Positional, arg(metavar="TOKENS")] = None
-    """Folder of tokens (not needed to continue a run)."""
+    data: Annotated[str | None, Positional, arg(metavar="TOKENS")] = None
+    """Folder of tokens, or an address such as gs://bucket/tokens (not needed to continue a run)."""
     stage: Literal["coarse", "fine"] | None = None
     """Coarse predicts the first codebooks, fine the rest (default: what the preset is for)."""
-    preset: Literal["tiny", "coarse", "fine"] | None = None
-    """tiny (if none is given) trains on a laptop; coarse and fine are the published models."""
+    preset: Literal["tiny", "small", "base", "coarse", "fine"] | None = None
+    """tiny (if none is given) trains on a laptop; coarse and fine are the published models; small
+    and base lie between."""
     resume: bool = False
     """Only continue the run in --out: refuse to begin one."""
     new: bool = False
     """Only begin a run: refuse to continue one that is in --out."""
     init_from: str | None = None
     """Begin with the weights of a run (its folder) or of a model (a directory or a name)."""
+    lora_from: str | None = None
+    """Train LoRA adapters of a model (a directory or a name) or a run, which stays as it is."""
+    lora_rank: int | None = None
+    """Width of the adapters (default: 8)."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha / rank (default: 1)."""
+    lora_targets: tuple[LoraTarget, ...] | None = None
+    """Weights that are adapted (default: all but key)."""
+    source_weight: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """NAME=2.0: the music of this source comes twice as often as by its length; may be repeated."""
     seed: int | None = None
     """Decides everything random (default: drawn, shown, saved)."""
     steps: int | None = None
@@ -122,12 +135,14 @@ ASKED = (
     "resume",
     "new",
     "init_from",
+    "lora_from",
     "codec",
     "fine_model",
     "mesh",
 )
 """Options that are no settings of the training but say which run is meant, and from what."""
-NOT_SETTINGS = {*ASKED, "compile_only", "topology"}
+LORA = ("lora_rank", "lora_alpha", "lora_targets")
+NOT_SETTINGS = {*ASKED, *LORA, "source_weight", "compile_only", "topology"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,13 +158,14 @@ def main(argv: list[str] | None = None) -> int:
         for field in dataclasses.fields(options)
         if field.name not in NOT_SETTINGS
     }
+    settings["source_weights"] = _weights(options.source_weight)
     try:
         with loading():
             import jax
             from rich.console import Console
 
             from vampnet_jax import devices
-            from vampnet_jax.training import begin, distributed, loop, pod_check
+            from vampnet_jax.training import begin, distributed, loop, pod_check, remote
     except ImportError as error:
         raise InputError(
             f"Training needs the package {error.name}; install vampnet-jax[train]."
@@ -157,8 +173,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.compile_only:
         devices.select("cpu")  # leaves this machine's own accelerators alone
+        tokens = None if options.data is None else remote.local(options.data)
         fits = pod_check.check(
-            *pod_check.sizes(options.preset or "tiny", options.stage, settings, options.data),
+            *pod_check.sizes(options.preset or "tiny", options.stage, settings, tokens),
             options.topology,
             options.mesh,
             Console(),
@@ -168,7 +185,11 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("Give the folder of the run with --out.")
     distributed.connect()
     devices.keep_compiled_programs()  # a run that is continued starts sooner
-    request = begin.Request(**{name: getattr(options, name) for name in ASKED}, settings=settings)
+    request = begin.Request(
+        **{name: getattr(options, name) for name in ASKED},
+        lora={name.removeprefix("lora_"): getattr(options, name) for name in LORA},
+        settings=settings,
+    )
     run = begin.begin(request)
     console = Console(quiet=jax.process_index() != 0)
     ending = loop.train(
@@ -182,3 +203,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     statuses = {loop.Ending.INTERRUPTED: INTERRUPTED, loop.Ending.TERMINATED: TRY_AGAIN}
     return statuses.get(ending, OK)
+
+
+def _weights(given: tuple[str, ...]) -> tuple[tuple[str, float], ...] | None:
+    """`NAME=2.0`, … as pairs, in the order of the names; None if there are none."""
+    weights = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise InputError(f"--source-weight is {text!r}; give a source and a number: NAME=2.0.")
+    return tuple(sorted(weights.items())) or None

@@ -1,6 +1,7 @@
 """Which run a command begins, or continues: own run → given weights → from scratch."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import secrets
 from collections.abc import Callable, Mapping
@@ -13,10 +14,12 @@ from jax.experimental import multihost_utils
 
 from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.lora import LoraConfig, fingerprint
 from vampnet_jax.model import Params
+from vampnet_jax.training import remote
 from vampnet_jax.training.checkpoints import CONFIG, read_run, write_run
-from vampnet_jax.training.config import Preset, Stage, TrainConfig, preset_config
-from vampnet_jax.training.initial import Weights, load_stage
+from vampnet_jax.training.config import Preset, Stage, TrainConfig, adapting, preset_config
+from vampnet_jax.training.initial import Weights, load_adapted, load_stage
 from vampnet_jax.training.listening import Listening, ListeningOptions
 from vampnet_jax.training.loop import TrainingData, open_data
 from vampnet_jax.training.sharding import Layout, plan
@@ -46,7 +49,8 @@ class Request:
     """What a person asks for; None where nothing is said."""
 
     out: Path
-    data: Path | None = None
+    data: str | Path | None = None
+    """Folder of tokens: a path, or an address such as `gs://bucket/tokens`."""
     stage: Stage | None = None
     preset: Preset | None = None
     resume: bool = False
@@ -55,6 +59,10 @@ class Request:
     """Refuse to continue one."""
     init_from: str | None = None
     """A run or a model whose weights to begin with."""
+    lora_from: str | None = None
+    """A run or a model to train LoRA adapters of."""
+    lora: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `LoraConfig`; None means not given."""
     codec: str | None = None
     """Turns tokens into sound, to listen to the run."""
     fine_model: str | None = None
@@ -78,7 +86,9 @@ class Run(NamedTuple):
     """Which devices compute."""
 
     def initial(self) -> Callable[[], Params] | None:
-        """Loads the weights to begin with, if any were named."""
+        """Loads the weights to begin with, or to adapt, if any were named."""
+        if self.facts.get("adapted"):
+            return functools.partial(load_adapted, self.facts)
         source = self.facts.get("init_from")
         if source is None:
             return None
@@ -138,17 +148,33 @@ def new(request: Request) -> Run:
         raise InputError("Give the folder of tokens to train from.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; choose another folder with --out.")
-    manifest = read_manifest(request.data)
-    codebooks = read_codebooks(request.data, manifest.codec)
+    folder = remote.local(request.data)
+    manifest = read_manifest(folder)
+    codebooks = read_codebooks(folder, manifest.codec)
     settings = dict(request.settings)
     if settings.get("seed") is None:
         settings["seed"] = secrets.randbelow(2**31)
     preset: Preset = request.preset or "tiny"
     stage: Stage = request.stage or ("fine" if preset == "fine" else "coarse")
-    init_from = _absolute(request.init_from)
+    init_from, lora_from = _absolute(request.init_from), _absolute(request.lora_from)
+    if init_from is not None and lora_from is not None:
+        raise InputError("--init-from and --lora-from exclude each other.")
+    adapters = {name: value for name, value in request.lora.items() if value is not None}
+    if adapters and lora_from is None:
+        raise InputError("LoRA adapters are of a model: name it with --lora-from.")
+    adapted = None
     if init_from is not None:
         source = _weights(init_from, stage, codebooks)
         settings = _with_dimensions(settings, source.config, init_from)
+    if lora_from is not None:
+        if request.preset is not None:
+            raise InputError("--lora-from has a recipe of its own; leave --preset out.")
+        source = _weights(lora_from, stage, codebooks)
+        settings = _with_dimensions(settings, source.config, lora_from)
+        preset = stage
+        settings = adapting(settings, source.window / manifest.codec.frame_rate)
+        settings["lora"] = LoraConfig(**adapters)
+        adapted = {"source": lora_from, "fingerprint": fingerprint(source.params)}
     config = preset_config(
         preset,
         stage,
@@ -158,15 +184,16 @@ def new(request: Request) -> Run:
         latent_dim=codebooks.shape[2],
     )
     layout = plan(config.model, config.batch_size, request.mesh, accumulate=config.accumulate)
-    data = open_data(config, request.data)
+    data = open_data(config, folder)
     options = ListeningOptions(_absolute(request.codec), _absolute(request.fine_model))
     listening = _listening(config, options, data)
     facts = {
         "stage": stage,
         "preset": preset,
-        "data": str(request.data.resolve()),
+        "data": remote.absolute(request.data),
         "codec": dataclasses.asdict(manifest.codec),
         "init_from": init_from,
+        "adapted": adapted,
         "listening": dataclasses.asdict(options),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -204,12 +231,24 @@ def continued(request: Request) -> Run:
     config = dataclasses.replace(
         config, **{name: value for name, value in given.items() if name in MAY_CHANGE}
     )
+    adapted = facts.get("adapted") or {}
+    if request.lora_from and _absolute(request.lora_from) != adapted.get("source"):
+        raise InputError(
+            f"{out} was begun with --lora-from {adapted.get('source')} and cannot be continued "
+            f"with {request.lora_from}; train anew with another --out."
+        )
+    for name, value in request.lora.items():
+        if value is not None and getattr(config.lora, name, None) != value:
+            raise InputError(
+                f"{out} was begun with another --lora-{name} than {value}; leave the option out, "
+                "or train anew with another --out."
+            )
     layout = plan(config.model, config.batch_size, request.mesh, accumulate=config.accumulate)
-    folder = request.data or Path(str(facts.get("data")))
-    data = open_data(config, folder)
+    place = request.data or str(facts.get("data"))
+    data = open_data(config, remote.local(place))
     if data.manifest.codec.fingerprint != facts.get("codec", {}).get("fingerprint"):
         raise InputError(
-            f"{out} was trained with another codec than that of the tokens in {folder}."
+            f"{out} was trained with another codec than that of the tokens in {place}."
         )
     known_options = facts.get("listening") or {}
     options = ListeningOptions(
@@ -217,7 +256,7 @@ def continued(request: Request) -> Run:
         _absolute(request.fine_model) or known_options.get("fine_model"),
     )
     listening = _listening(config, options, data)
-    facts |= {"data": str(folder.resolve()), "listening": dataclasses.asdict(options)}
+    facts |= {"data": remote.absolute(place), "listening": dataclasses.asdict(options)}
     if jax.process_index() == 0:
         write_run(out, config, facts)
     return Run(config, facts, data, listening, layout)
@@ -250,6 +289,6 @@ def _with_dimensions(settings: Mapping[str, Any], source: ModelConfig, path: str
     for name, size in sizes.items():
         if settings.get(name) not in (None, size):
             raise InputError(
-                f"{path} has {name} {size}, so --init-from cannot go with {settings[name]}."
+                f"{path} has {name} {size}, which cannot become {settings[name]}; leave it out."
             )
     return {**settings, **sizes}

@@ -11,8 +11,9 @@ from vampnet_jax.config import ModelConfig
 from vampnet_jax.lora import LoraConfig
 
 Stage = Literal["coarse", "fine"]
-Preset = Literal["tiny", "coarse", "fine"]
+Preset = Literal["tiny", "small", "base", "coarse", "fine"]
 ScheduleName = Literal["noam", "cosine", "constant"]
+SourceWeights = tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class TrainConfig:
     """Length of an excerpt."""
     min_loudness: float = -30.0
     """LUFS; quieter excerpts are drawn again."""
+    source_weights: SourceWeights = ()
+    """(source, how many times as often its music comes as by its length); 0 leaves it out."""
     steps: int | None = None
     """Stop after so many steps."""
     minutes: float | None = None
@@ -136,7 +139,9 @@ class TrainConfig:
             adapters = content.get("lora")
             if adapters is not None:
                 adapters = LoraConfig(**{**adapters, "targets": tuple(adapters["targets"])})
-            return cls(**{**content, "model": model, "lora": adapters})
+            weights = tuple((name, weight) for name, weight in content.get("source_weights", ()))
+            nested = {"model": model, "lora": adapters, "source_weights": weights}
+            return cls(**{**content, **nested})
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"The run's configuration does not fit this version: {error}."
@@ -151,6 +156,7 @@ PRESETS: dict[tuple[Preset, Stage], dict[str, Any]] = {
         "n_layers": 20,
         "n_heads": 20,
         "embedding_dim": 1280,
+        "remat": "dots",
         "window_seconds": 10.0,
         "min_loudness": -30.0,
         "steps": 1_000_000,
@@ -160,9 +166,49 @@ PRESETS: dict[tuple[Preset, Stage], dict[str, Any]] = {
         "n_layers": 16,
         "n_heads": 20,
         "embedding_dim": 1280,
+        "remat": "dots",
         "window_seconds": 3.0,
         "min_loudness": -40.0,
         "steps": 500_000,
+    },
+    # Sizes between: the published recipe with less width and fewer layers and steps.
+    ("small", "coarse"): {
+        "n_codebooks": 4,
+        "n_conditioning_codebooks": 0,
+        "n_layers": 8,
+        "n_heads": 8,
+        "embedding_dim": 512,
+        "window_seconds": 10.0,
+        "min_loudness": -30.0,
+        "steps": 200_000,
+    },
+    ("small", "fine"): {
+        "n_conditioning_codebooks": 4,
+        "n_layers": 6,
+        "n_heads": 8,
+        "embedding_dim": 512,
+        "window_seconds": 3.0,
+        "min_loudness": -40.0,
+        "steps": 100_000,
+    },
+    ("base", "coarse"): {
+        "n_codebooks": 4,
+        "n_conditioning_codebooks": 0,
+        "n_layers": 14,
+        "n_heads": 12,
+        "embedding_dim": 768,
+        "window_seconds": 10.0,
+        "min_loudness": -30.0,
+        "steps": 500_000,
+    },
+    ("base", "fine"): {
+        "n_conditioning_codebooks": 4,
+        "n_layers": 11,
+        "n_heads": 12,
+        "embedding_dim": 768,
+        "window_seconds": 3.0,
+        "min_loudness": -40.0,
+        "steps": 250_000,
     },
     # The model in the box: an hour or two on two CPU cores.
     ("tiny", "coarse"): {
@@ -199,6 +245,8 @@ PRESETS: dict[tuple[Preset, Stage], dict[str, Any]] = {
 
 `n_codebooks` of a fine model is the codec's unless given.
 """
+LORA: dict[str, Any] = {"warmup_steps": 500, "batch_size": 8, "validate_every": 250}
+"""What differs from the preset of the stage where a model is adapted."""
 
 _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 
@@ -240,6 +288,22 @@ def preset_config(
     model = {name: value for name, value in values.items() if name in _MODEL_FIELDS}
     rest = {name: value for name, value in values.items() if name not in _MODEL_FIELDS}
     return TrainConfig(model=ModelConfig(**model), **rest)
+
+
+def adapting(overrides: Mapping[str, Any], window_seconds: float) -> dict[str, Any]:
+    """Settings for LoRA adapters of a model, to be completed by the preset of its stage.
+
+    Args:
+      overrides: fields of `TrainConfig` and `ModelConfig`; None means not given.
+      window_seconds: what the model reads at once.
+
+    Raises:
+      InputError: neither steps nor minutes are given.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if not given.keys() & {"steps", "minutes"}:
+        raise InputError("Give --steps, --minutes or both, so that training ends.")
+    return {**LORA, "window_seconds": window_seconds, **given}
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

@@ -41,6 +41,23 @@ def choose_tracks(manifest: Manifest, split: str) -> list[Track]:
     return [track for track in manifest.tracks if (track.name in names) == (split == "validation")]
 
 
+def check_weights(weights: Mapping[str, float], tracks: Sequence[Track]) -> None:
+    """Check the weights of sources.
+
+    Raises:
+      InputError: a weight of an unknown source, or below 0 or not finite, or none above 0.
+    """
+    sources = sorted({track.source for track in tracks})
+    for source, weight in weights.items():
+        if source not in sources:
+            known = ", ".join(sources)
+            raise InputError(f"There is no source {source!r} to weigh; there are: {known}.")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"The weight of source {source!r} is {weight}; give 0 or more.")
+    if not any(weights.get(source, 1.0) for source in sources):
+        raise InputError("Every source has weight 0; leave one at least above 0.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
     """Where an excerpt is."""
@@ -95,7 +112,7 @@ class RandomExcerpts:
         that is not named, 0 leaves one out.
 
     Raises:
-      InputError: a weight of an unknown source or that is no such number, or none above 0.
+      InputError: impossible weights.
     """
 
     def __init__(
@@ -118,6 +135,7 @@ class RandomExcerpts:
         self._frames = frames
         self._ends = np.cumsum(frames // window)
         self._groups: dict[str, np.ndarray] = {}  # places by source, where sources have weights
+        check_weights(weights or {}, reader.tracks)
         if weights and any(weight != 1 for weight in weights.values()):
             self._order = self._mixed(weights)
         else:
@@ -125,13 +143,6 @@ class RandomExcerpts:
 
     def _mixed(self, weights: Mapping[str, float]) -> grain.MapDataset:
         sources = np.array([track.source for track in self.reader.tracks])
-        unknown = sorted(set(weights) - set(sources))
-        if unknown:
-            known = ", ".join(sorted(set(sources)))
-            raise InputError(f"There is no source {unknown[0]!r} to weigh; there are: {known}.")
-        for source, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise InputError(f"The weight of source {source!r} is {weight}; give 0 or more.")
         track = np.repeat(np.arange(len(sources)), self._frames // self.window)
         orders, shares = [], []
         for source in sorted(set(sources)):
@@ -143,8 +154,6 @@ class RandomExcerpts:
             seed = self.seed + zlib.crc32(source.encode())
             orders.append(_endless(grain.MapDataset.source(places), seed))
             shares.append(share * len(places))
-        if not orders:
-            raise InputError("Every source has weight 0; leave one at least above 0.")
         return grain.MapDataset.mix(orders, shares)
 
     @property

@@ -1,10 +1,11 @@
 """Weights to begin a run from: those of another run, or of a model."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from codec_bridge.errors import InputError
-from vampnet_jax import release
+from vampnet_jax import lora, release
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.model import Params
 from vampnet_jax.training.checkpoints import load_run, read_run
@@ -44,6 +45,27 @@ def load_stage(source: str | Path, stage: str) -> Weights:
     description = release.read_description(directory)
     loaded = release.load_stage(directory, stage, description)
     return Weights(loaded.params, loaded.config, description[stage]["window"])
+
+
+def load_adapted(facts: Mapping[str, Any]) -> Params:
+    """The model that a LoRA run adapts, from what its config.json says.
+
+    Raises:
+      InputError: it is not where it was, or is another one now.
+    """
+    adapted = facts["adapted"]
+    try:
+        params = load_stage(adapted["source"], facts["stage"]).params
+    except InputError as error:
+        raise InputError(
+            f"The model that this LoRA run adapts cannot be loaded: {error}"
+        ) from error
+    if lora.fingerprint(params) != adapted["fingerprint"]:
+        raise InputError(
+            f"{adapted['source']} is no longer the model that this LoRA run adapts; put that one "
+            "back."
+        )
+    return params
 
 
 def is_run(source: str | Path) -> bool:

@@ -20,7 +20,12 @@ from vampnet_jax.model import Params
 from vampnet_jax.training import flops
 from vampnet_jax.training.checkpoints import Checkpoints
 from vampnet_jax.training.config import TrainConfig
-from vampnet_jax.training.excerpts import RandomExcerpts, choose_tracks, long_enough
+from vampnet_jax.training.excerpts import (
+    RandomExcerpts,
+    check_weights,
+    choose_tracks,
+    long_enough,
+)
 from vampnet_jax.training.faults import Ending, StopRequests, reading, stop_requests, writing
 from vampnet_jax.training.frequencies import kept_frequencies
 from vampnet_jax.training.listening import Listening, on_one_device
@@ -30,6 +35,7 @@ from vampnet_jax.training.sharding import Layout
 from vampnet_jax.training.step import (
     TrainState,
     abstract_state,
+    freeze,
     init_on,
     jitted_step,
     model_params,
@@ -68,6 +74,7 @@ def open_data(config: TrainConfig, folder: Path) -> TrainingData:
     codebooks = read_codebooks(folder, manifest.codec)
     window = manifest.codec.frames(config.window_seconds)
     tracks, too_short = long_enough(choose_tracks(manifest, "train"), window, "training")
+    check_weights(dict(config.source_weights), tracks)
     held_out = [t for t in choose_tracks(manifest, "validation") if t.frames >= window]
     return TrainingData(
         folder=folder,
@@ -102,7 +109,8 @@ def train(
       console: where progress is shown.
       layout: which devices compute, and what each holds; it may be another one than before.
       initial: loads weights to begin with, as `vampnet_jax.apply` takes them, if there is no
-        checkpoint yet; None begins at random.
+        checkpoint yet; None begins at random. A LoRA run needs it always: it loads the model that
+        is adapted.
       listening: makes sounds where the configuration asks for them; needed in process 0 only.
 
     Returns:
@@ -115,7 +123,12 @@ def train(
     # --- data
     model, window = config.model, data.window
     excerpts = RandomExcerpts(
-        data.train, model.n_codebooks, window, config.min_loudness, config.seed
+        data.train,
+        model.n_codebooks,
+        window,
+        config.min_loudness,
+        config.seed,
+        dict(config.source_weights),
     )
     part, parts = layout.share(config.batch_size)
     batches = excerpts.batches(config.batch_size, process_index=part, process_count=parts)
@@ -132,7 +145,7 @@ def train(
     restored = checkpoints.restore(config, layout.shardings(abstract_state(config)))
     if restored is None:
         state = init_on(layout, config, data.codebooks, frequencies)
-        if initial is not None:
+        if initial is not None and config.lora is None:
             state = with_weights(state, initial())
         seconds_before = 0.0
     else:
@@ -145,6 +158,11 @@ def train(
                 f"{run / 'damaged'}; an older one is used",
                 soft_wrap=True,
             )
+
+    if config.lora is not None:
+        assert initial is not None
+        places = layout.shardings(abstract_state(config)).frozen
+        state = state._replace(frozen=jax.device_put(freeze(initial(), config), places))
 
     # --- loop
     peak = flops.peak(config)
@@ -188,8 +206,12 @@ def _announce(
     n_params = sum(x.size for x in jax.tree.leaves(state.params))
     hours = sum(track.seconds for track in data.train.tracks) / 3600
     held_out = len(data.validation.tracks) if data.validation else 0
+    what = "parameters"
+    if config.lora is not None:
+        n_frozen = sum(x.size for x in jax.tree.leaves(state.frozen))
+        what = f"parameters in adapters of a model of {n_frozen / 1e6:.1f} M"
     console.print(
-        f"{n_params / 1e6:.1f} M parameters; {len(data.train.tracks)} training tracks, {hours:.1f} "
+        f"{n_params / 1e6:.1f} M {what}; {len(data.train.tracks)} training tracks, {hours:.1f} "
         f"h; {held_out} validation tracks; seed {config.seed}; from step {int(state.step)}",
         soft_wrap=True,
     )
