@@ -18,6 +18,7 @@ COMMANDS = {
     "export-torch": "write a model as the original's .pth files",
     "compress": "audio to a small file of tokens",
     "decompress": "such a file to audio again",
+    "benchmark": "measure how fast a model samples here",
     "download": "fetch the original's published weights",
 }
 """Sub-command → what it does; `a-b` lives in the module `vampnet_jax.cli.a_b`."""

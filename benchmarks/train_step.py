@@ -1,0 +1,140 @@
+"""One training step in JAX against plain PyTorch, on the same weights and data, alternately.
+
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --batch 8 --rounds 20
+
+The model is that of tiny's coarse stage, the step that of `train.py --preset tiny`: tokens masked
+at random, cross-entropy with label smoothing over the masked tokens, AdamW after clipping. PyTorch
+runs benchmarks/torch_vampnet.py with its own fused AdamW, eager and by torch.compile; what JAX does
+besides (moving average, accuracies) counts as its own time.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import vampnet_jax as vampnet
+from benchmarks import torch_vampnet
+from benchmarks.against_torch import alternate, ratios, show
+from vampnet_jax.training.config import TrainConfig, preset_config
+from vampnet_jax.training.objective import draw_masks, mask_ratios
+from vampnet_jax.training.step import TrainState, init_state, jitted_step
+
+N_CODEBOOKS, VOCAB, LATENT = 8, 1024, 8
+
+
+def tiny_config(**changes: object) -> TrainConfig:
+    """The preset's settings with the dimensions of the model in the box."""
+    dimensions = vampnet.load("tiny").coarse.config
+    shape = {"n_layers": dimensions.n_layers, "n_heads": dimensions.n_heads}
+    shape["embedding_dim"] = dimensions.embedding_dim
+    return preset_config(
+        "tiny", "coarse", {"steps": 1000, "seed": 0, **shape, **changes},
+        codec_codebooks=N_CODEBOOKS, codebook_size=VOCAB, latent_dim=LATENT,
+    )  # fmt: skip
+
+
+class TorchStep:
+    """Training of the yardstick: the same objective and optimiser at the peak learning rate."""
+
+    def __init__(self, state: TrainState, config: TrainConfig, *, compiled: bool) -> None:
+        params = vampnet_params(state)
+        self.config = config
+        self.model = torch_vampnet.from_params(params, config.model).train().requires_grad_(True)
+        trained = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, betas=(config.adam_b1, config.adam_b2), eps=1e-8,
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        self._loss = torch.compile(self.loss, dynamic=False) if compiled else self.loss
+
+    def loss(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean over the masked tokens of [B, C, T]."""
+        hidden = tokens.masked_fill(mask, self.config.model.mask_token)
+        logits = self.model(hidden, self.model.position_bias(tokens.shape[-1]))
+        losses = F.cross_entropy(
+            logits.flatten(0, 2), tokens.transpose(1, 2).flatten(), reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )  # fmt: skip
+        scored = mask.transpose(1, 2).flatten()
+        return (losses * scored).sum() / scored.sum()
+
+    def gradient_step(self, tokens: torch.Tensor, mask: torch.Tensor) -> float:
+        """Take one step; the loss before it."""
+        loss = self._loss(tokens, mask)
+        loss.backward()
+        codec_rows = self.model.tables.grad.view(-1, self.config.model.vocab_size + 1, LATENT)
+        codec_rows[:, :-1] = 0  # the codec's vectors are not trained
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def vampnet_params(state: TrainState) -> dict:
+    """The state's parameters as `vampnet_jax.apply` takes them."""
+    from vampnet_jax.training.step import with_codebooks
+
+    return with_codebooks(state.params, state.codebooks)
+
+
+def first_mask(config: TrainConfig, n_frames: int) -> np.ndarray:
+    """The mask of the first step of `train_step`, bool [B, C, T]."""
+    batch = config.batch_size
+    mask_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
+    numbers = jnp.arange(batch, dtype=jnp.uint32)
+    ratios = mask_ratios(jnp.asarray(np.uint32(config.seed)), numbers)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, mask_key))(numbers)
+    return np.asarray(draw_masks(keys, ratios, n_frames, config.model))
+
+
+def contestants(config: TrainConfig, n_frames: int) -> dict[str, Callable[[], float]]:
+    """The step in JAX, PyTorch and compiled PyTorch; each call takes one and returns its loss."""
+    model = config.model
+    rng = np.random.default_rng(0)
+    shape = (model.n_codebooks, model.vocab_size, model.latent_dim)
+    codebooks = rng.standard_normal(shape).astype(np.float32)
+    start = jax.jit(init_state, static_argnums=0)(config, codebooks)
+    size = (config.batch_size, model.n_codebooks, n_frames)
+    tokens = rng.integers(0, model.vocab_size, size, np.int32)
+    sides = {
+        "step eager": TorchStep(start, config, compiled=False),
+        "step compiled": TorchStep(start, config, compiled=True),
+    }
+    step, state, batch, done = jitted_step(config), start, jnp.asarray(tokens), jnp.float32(0)
+
+    def jax_step() -> float:
+        nonlocal state
+        state, metrics = step(state, batch, done)
+        return float(metrics["loss"])
+
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    mask = torch.from_numpy(first_mask(config, n_frames).copy())
+    torch_steps = {
+        name: functools.partial(side.gradient_step, ids, mask) for name, side in sides.items()
+    }
+    return {"step jax": jax_step, **torch_steps}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=10)
+    args = parser.parse_args(argv)
+    config = tiny_config(batch_size=args.batch)
+    codec = vampnet.load("tiny").codec
+    n_frames = round(config.window_seconds * codec.frame_rate)
+    seconds = alternate(contestants(config, n_frames), args.rounds)
+    result = {"seconds": seconds, "times as fast as": ratios(seconds, ("step",))}
+    show(f"tiny coarse, one training step, batch {args.batch} × {n_frames} frames", result)
+
+
+if __name__ == "__main__":
+    main()

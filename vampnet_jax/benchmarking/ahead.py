@@ -1,0 +1,216 @@
+"""Compile sampling for TPU chips that are not here, and say what it takes and the least it lasts.
+
+The TPU compiler needs no TPU; it lays out memory as on the chip and refuses what does not fit.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from codec_bridge.errors import InputError
+from vampnet_jax import model as network
+from vampnet_jax import placement, vamping
+from vampnet_jax.benchmarking.flops import forward_flops
+from vampnet_jax.benchmarking.settings import OFFICIAL, OFFICIAL_FRAME_RATE, Setting, frames
+from vampnet_jax.config import ModelConfig
+from vampnet_jax.release import read_description, resolve, sampling_defaults
+from vampnet_jax.sampling import SamplingOptions, generate
+from vampnet_jax.training.collectives import Collective, collectives
+from vampnet_jax.training.pod_check import GIB, Chip, DoesNotFit, devices_of
+from vampnet_jax.training.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a stage's program does: one batch of windows, all steps."""
+
+    name: str
+    config: ModelConfig
+    options: SamplingOptions
+    rows: int
+    """Windows in the batch, over all chips."""
+    n_frames: int
+    """Of a window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a program takes on one chip."""
+
+    chip: Chip
+    arguments: int
+    """Bytes of parameters and tokens."""
+    temporaries: int
+    outputs: int
+    flops: float
+    """Model FLOPs of all steps, by formula."""
+    traffic: float
+    """Bytes that have to be moved to and from memory at least: every parameter once a step, the
+    logits written and read once."""
+    collectives: tuple[Collective, ...]
+
+    @property
+    def memory(self) -> int:
+        """Bytes in all."""
+        return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds if nothing else limited."""
+        return {
+            "compute": self.flops / self.chip.flops,
+            "memory": self.traffic / self.chip.memory_rate,
+            "links": sum(c.sent for c in self.collectives) / self.chip.link_rate,
+        }
+
+
+def works(setting: Setting) -> list[Work]:
+    """The programs that a setting runs, without loading any weights."""
+    rate, windows, configs, sampling = OFFICIAL_FRAME_RATE, {}, {}, {}
+    if setting.config is not None:
+        published = OFFICIAL[setting.config]
+        windows[setting.config] = frames(published.seconds)
+        configs[setting.config], sampling[setting.config] = published.config, published.sampling
+    else:
+        description = read_description(resolve(setting.model))
+        rate = description["codec"]["sample_rate"] / description["codec"]["hop_length"]
+        for name in ("coarse", "fine"):
+            windows[name] = description[name]["window"]
+            configs[name] = ModelConfig(**description[name]["config"])
+            sampling[name] = sampling_defaults(description, name)
+    n_frames = frames(setting.seconds, rate)
+    found = []
+    for name, window in windows.items():
+        together = 1
+        if name == "fine":
+            starts = vamping.window_starts(n_frames, window)
+            together = max(map(len, vamping.independent(starts, window)))
+        length = vamping.bucket(min(n_frames, window), window)
+        options = setting.sampling(name, sampling[name])
+        config = setting.computing(configs[name])
+        found.append(Work(name, config, options, together * setting.batch, length))
+    return found
+
+
+def abstract_params(config: ModelConfig) -> network.Params:
+    """Shapes and dtypes of a model's parameters."""
+    shape = (config.n_codebooks, config.vocab_size, config.latent_dim)
+    codebooks = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda c: network.init(jax.random.key(0), config, c), codebooks)
+
+
+def compile_work(work: Work, layout: Layout) -> jax.stages.Compiled:
+    """Compile a stage for the layout's devices, the batch divided among them.
+
+    Raises:
+      DoesNotFit: it needs more memory than a chip has.
+    """
+    config = work.config
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch)
+
+    tokens = (work.rows, config.n_codebooks, work.n_frames)
+    keys = array((work.rows,), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+
+    @jax.jit
+    def run(params: network.Params, tokens: jax.Array, mask: jax.Array, keys: jax.Array):
+        return generate(params, tokens, mask, keys, config, work.options)
+
+    lowered = run.lower(
+        layout.abstract(abstract_params(config)),
+        array(tokens, jnp.int32),
+        array(tokens, bool),
+        keys,
+    )
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = [line.strip() for line in str(error).splitlines() if "hbm" in line.lower()]
+        raise DoesNotFit(wanted[0] if wanted else str(error).splitlines()[0]) from error
+
+
+def estimate(compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: Chip) -> Estimate:
+    """Read a compiled program's needs; all per chip."""
+    memory: Any = compiled.memory_analysis()
+    config, steps = work.config, work.options.steps
+    n_chips = layout.mesh.size
+    logits = 4 * work.rows * work.n_frames * config.n_predicted_codebooks * config.vocab_size
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(layout.abstract(abstract_params(config)))
+    )
+    return Estimate(
+        chip=chip,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        flops=work.rows * steps * forward_flops(config, work.n_frames) / n_chips,
+        traffic=steps * (held + 2 * logits / n_chips),
+        collectives=tuple(collectives(compiled.as_text() or "")),
+    )
+
+
+def check(setting: Setting, topology: str, console: Console) -> bool:
+    """Compile every stage for a pod slice and print what it takes; returns whether all fit.
+
+    Args:
+      setting: its batch is that of all chips; its mesh, by default, gives each chip its examples.
+      topology: such as v5e:2x2.
+      console: to print on.
+
+    Raises:
+      InputError: unknown topology, no compiler for it, or a mesh or batch that does not fit.
+    """
+    devices, chip = devices_of(topology)
+    fits = True
+    for work in works(setting):
+        layout = Layout(placement.mesh_of(setting.mesh or "", work.config, devices))
+        if work.rows % layout.batch_shards:
+            raise InputError(
+                f"--batch {setting.batch} makes {work.rows} {work.name} windows, which "
+                f"{layout.batch_shards} parts of the mesh cannot share evenly; choose a multiple "
+                f"of {layout.batch_shards}."
+            )
+        axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+        console.print(
+            f"{topology}: {len(devices)} chips, mesh {axes}; {work.name}: {work.rows} windows of "
+            f"{work.n_frames} frames, {work.options.steps} steps, {work.config.dtype}",
+            highlight=False,
+        )
+        try:
+            found = estimate(compile_work(work, layout), work, layout, chip)
+        except DoesNotFit as error:
+            console.print(f"does not fit: {error}\n", highlight=False)
+            fits = False
+            continue
+        console.print(_table(found, work, len(devices)))
+    return fits
+
+
+def _table(found: Estimate, work: Work, n_chips: int) -> Table:
+    table = Table("per chip, one batch", "", box=None)
+    table.add_row("parameters and tokens", f"{found.arguments / GIB:.2f} GiB")
+    table.add_row("temporaries", f"{found.temporaries / GIB:.2f} GiB")
+    share = found.memory / found.chip.memory
+    table.add_row(
+        "memory", f"{found.memory / GIB:.2f} of {found.chip.memory / GIB:.2f} GiB ({share:.0%})"
+    )
+    table.add_row("model FLOPs", f"{found.flops / 1e12:.2f} T")
+    table.add_row("memory traffic, at least", f"{found.traffic / 1e9:.1f} GB")
+    for item in found.collectives:
+        table.add_row(item.kind, f"{item.count} ×, {item.bytes / 1e6:,.1f} MB")
+    for what, seconds in found.times.items():
+        table.add_row(f"time by {what}", f"{1e3 * seconds:.2f} ms")
+    least = max(found.times.values())
+    table.add_row("least time (roofline)", f"{1e3 * least:.2f} ms")
+    tokens = work.rows * work.n_frames * work.config.n_predicted_codebooks
+    table.add_row("tokens/s at most, all chips", f"{tokens / least:,.0f}")
+    return table

@@ -1,0 +1,77 @@
+"""What a transformer must compute, by formula, and what the device can compute, measured."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from vampnet_jax.config import ModelConfig
+
+MAX_ROWS = 16384
+"""Rows of the largest product that is measured; bounds memory."""
+WORK = 4e9
+"""FLOPs of one measurement at least, so that the call itself costs nothing beside them."""
+
+
+def forward_flops(config: ModelConfig, n_frames: int) -> int:
+    """FLOPs of the matrix products of one forward pass over one window.
+
+    Per frame 2 (C·d·D + L·10·D² + D·Cp·V) for the weights and 4·L·T·D for attention. Norms,
+    activations and sampling do not count, so a share of the device's rate is a lower bound.
+
+    Args:
+      config: the model's dimensions.
+      n_frames: T.
+    """
+    width = config.embedding_dim
+    weights = config.n_codebooks * config.latent_dim * width
+    weights += config.n_layers * 10 * width**2
+    weights += width * config.n_predicted_codebooks * config.vocab_size
+    return n_frames * (2 * weights + 4 * config.n_layers * n_frames * width)
+
+
+class MatmulRate:
+    """The rate of matrix products shaped like the large ones of a model.
+
+    A call multiplies `[rows, D]` by `[D, 4D]` and the result by `[4D, D]`, several times over
+    with other weights, and nothing else.
+
+    Args:
+      config: gives the width D and the dtype.
+      rows: frames times examples of one forward pass.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        width, rows = config.embedding_dim, min(rows, MAX_ROWS)
+        self.n_pairs = min(4, config.n_layers)
+        """Pairs of weights that take turns."""
+        pair_flops = self.n_pairs * 2 * 2 * rows * width * 4 * width
+        self.times = max(1, round(WORK / pair_flops))
+        """How often all pairs are gone through."""
+        self.flops = self.times * pair_flops
+
+        @jax.jit
+        def make() -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+            def draw(seed: int, n_in: int, n_out: int) -> jax.Array:
+                values = jax.random.normal(jax.random.key(seed), (n_in, n_out))
+                return (values * n_in**-0.5).astype(config.dtype)  # keeps the size of what it meets
+
+            pairs = [
+                (draw(2 * i, width, 4 * width), draw(2 * i + 1, 4 * width, width))
+                for i in range(self.n_pairs)
+            ]
+            return jnp.ones((rows, width), config.dtype), pairs
+
+        def multiply(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+            for _ in range(self.times):
+                for up, down in pairs:
+                    x = (x @ up) @ down
+            return x
+
+        self._multiply, self._arguments = jax.jit(multiply), make()
+
+    def __call__(self) -> float:
+        """Measure once, FLOP/s; the first call compiles."""
+        before = time.perf_counter()
+        jax.block_until_ready(self._multiply(*self._arguments))
+        return self.flops / (time.perf_counter() - before)
