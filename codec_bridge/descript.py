@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 @functools.cache
 def import_dac() -> types.ModuleType:
     """Return the `dac` package of descript-audio-codec."""
-    with _stand_in_for_broken_torchaudio(), warnings.catch_warnings():
+    with stand_in_for_broken_torchaudio(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("dac")
 
 
 @contextlib.contextmanager
-def _stand_in_for_broken_torchaudio() -> Iterator[None]:
+def stand_in_for_broken_torchaudio() -> Iterator[None]:
+    """Within it `import torchaudio` works: gives the package, or an empty one if it cannot load."""
     try:
         importlib.import_module("torchaudio")
     except (ImportError, OSError, AttributeError, RuntimeError):

@@ -1,0 +1,160 @@
+"""The measures of `vampnet_jax.evaluation` against closed forms and against what one would hear."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vampnet_jax.evaluation.artefacts import clicks, seam_score
+from vampnet_jax.evaluation.distances import log_mel, mel_distance, stft_distance
+from vampnet_jax.evaluation.embeddings import crepe_tiny, mel_statistics
+from vampnet_jax.evaluation.intervals import bootstrap, mean_interval
+from vampnet_jax.evaluation.sets import diversity, frechet_distance, kernel_distance
+from vampnet_jax.evaluation.token_scores import score_tokens, token_diversity
+
+RATE = 24_000
+
+
+def tone(seconds: float = 1.0, pitch: float = 440.0) -> np.ndarray:
+    t = np.arange(int(seconds * RATE)) / RATE
+    sound = sum(np.sin(2 * np.pi * pitch * k * t) / k for k in range(1, 6))
+    return (0.1 * sound).astype(np.float32)
+
+
+def noise(level: float, n: int, seed: int = 0) -> np.ndarray:
+    return (level * np.random.default_rng(seed).standard_normal(n)).astype(np.float32)
+
+
+@pytest.mark.parametrize("distance", [mel_distance, stft_distance])
+def test_a_recording_is_at_distance_0_of_itself_and_noise_takes_it_away(distance):
+    a = tone()
+    assert distance(a, a) == 0
+    steps = [distance(a, a + noise(level, len(a))) for level in (1e-4, 1e-3, 1e-2)]
+    assert 0 < steps[0] < steps[1] < steps[2]
+    assert distance(a, a[:-3]) == 0  # the longer one is cut
+    assert np.isfinite(distance(np.zeros(3000, np.float32), a))
+
+
+def test_twice_as_loud_is_log10_of_2_in_each_of_the_two_resolutions():
+    a = tone() + noise(0.1, RATE)  # no band is below the floor
+    assert mel_distance(a, 2 * a) == pytest.approx(2 * np.log10(2), abs=1e-4)
+    assert log_mel(a, 2048, 150).shape == (150, 1 + RATE // 512)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
+def test_frechet_distance_is_that_of_the_two_normal_distributions(seed, d):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(40, d)) @ rng.normal(size=(d, d)), rng.normal(1, 2, size=(30, d))
+    sa, sb = (np.atleast_2d(np.cov(x.T)) for x in (a, b))
+    eigenvalues = np.linalg.eigvals(sa @ sb)
+    root = np.sqrt(np.maximum(eigenvalues.real, 0)).sum()
+    wanted = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(sa) + np.trace(sb) - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+
+
+def test_frechet_distance_works_with_fewer_recordings_than_dimensions():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(20, 100)), rng.normal(size=(20, 100))
+    assert 0 < frechet_distance(a, b) < frechet_distance(a, b + 1)
+
+
+def test_kernel_distance_is_unbiased_and_sees_a_shift():
+    rng = np.random.default_rng(1)
+    same = [kernel_distance(*rng.normal(size=(2, 30, 4))) for _ in range(200)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(200)
+    a, b = rng.normal(size=(2, 30, 4))
+    brute = np.mean([np.exp(-np.square(x - y).sum() / 8) for x in a for y in b])
+    within = [
+        np.mean(
+            [
+                np.exp(-np.square(s[i] - s[j]).sum() / 8)
+                for i in range(30)
+                for j in range(30)
+                if i != j
+            ]
+        )
+        for s in (a, b)
+    ]
+    assert kernel_distance(a, b, bandwidth=2.0) == pytest.approx(100 * (sum(within) - 2 * brute))
+    assert kernel_distance(a, b + 2) > 10
+
+
+def test_variations_that_differ_more_are_more_diverse():
+    x = np.array([[0.0, 0], [3, 4], [6, 8]])
+    assert diversity(x) == pytest.approx((5 + 5 + 10) / 3)
+    assert diversity(np.zeros((3, 2))) == 0
+    tokens = np.zeros((3, 2, 4), int)
+    assert token_diversity(tokens) == 0
+    tokens[2] = 1
+    assert token_diversity(tokens) == pytest.approx(2 / 3)
+
+
+def test_intervals_hold_the_true_mean_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    held = 0
+    for i in range(200):
+        interval = mean_interval(rng.normal(size=40), n=200, seed=i)
+        held += interval.low <= 0 <= interval.high
+    assert 180 <= held <= 199  # 95 % of 200, within three standard errors and small-sample bias
+    x = rng.normal(size=50)
+    assert mean_interval(x) == mean_interval(x)
+    shift = bootstrap(lambda a, b: float((a - b).mean()), x + 1, x)
+    assert shift == pytest.approx((1, 1, 1))
+    with pytest.raises(ValueError, match="paired"):
+        bootstrap(lambda a, b: 0.0, x, x[:3])
+
+
+def test_embeddings_of_a_pitch_are_nearer_to_it_than_to_noise():
+    for embed, size in ((mel_statistics, 160),):
+        a, b, c = (embed(x) for x in (tone(), tone(pitch=450), noise(0.1, RATE)))
+        assert a.shape == (size,)
+        assert np.linalg.norm(a - b) < np.linalg.norm(a - c)
+
+
+def test_crepe_hears_pitch():
+    pytest.importorskip("torchcrepe")
+    a, b, c = (crepe_tiny(x) for x in (tone(), tone() * 0.5, tone(pitch=700)))
+    assert a.shape == (512,)
+    assert np.linalg.norm(a - b) < 0.2 * np.linalg.norm(a - c)
+
+
+def test_clicks_are_found_where_they_are_and_music_has_none():
+    sound = tone(2.0) + noise(1e-3, 2 * RATE)
+    assert len(clicks(sound, RATE)) == 0
+    broken = sound.copy()
+    broken[[10_000, 30_000]] += 0.3
+    np.testing.assert_allclose(clicks(broken, RATE), [10_000 / RATE, 30_000 / RATE], atol=1e-3)
+    cut = np.concatenate([tone(1.0), -tone(1.0, 311.0)[700:]])
+    assert len(clicks(cut, RATE)) == 1
+    burst = noise(1e-3, RATE)
+    burst[RATE // 2 :] += noise(0.1, RATE // 2, 1) * np.exp(-np.arange(RATE // 2) / 2400)
+    assert len(clicks(burst.astype(np.float32), RATE)) == 0  # a drum is no click
+
+
+def test_seams_are_told_from_borders_that_cannot_be_heard():
+    hop, borders = 480, [100, 200, 300, 400]
+    steady = noise(0.1, 500 * hop)
+    assert abs(seam_score(steady, RATE, hop, borders)) < 3
+    cut = steady.copy()
+    for start in borders[::2]:
+        cut[start * hop : (start + 100) * hop] *= 0.3
+    assert seam_score(cut, RATE, hop, borders) > 3
+
+
+def test_token_scores_are_those_of_the_head(small_codec):
+    from small_models import random_model
+
+    stage = random_model(small_codec).fine
+    bias = np.zeros(stage.params["head"]["bias"].shape, np.float32)
+    bias[:, 3] = 5.0
+    head = {"kernel": 0 * stage.params["head"]["kernel"], "bias": jax.numpy.asarray(bias)}
+    stage = stage._replace(params={**stage.params, "head": head})
+    tokens = np.full((2, 8, 20), 3, np.int32)
+    tokens[1, :, ::2] = 7
+    mask = np.ones(tokens.shape, bool)
+    scores = score_tokens(stage, tokens, mask)
+    total = np.log(np.exp(5.0) + 63)
+    np.testing.assert_allclose(scores.nll, [total - 5, total - 2.5], rtol=1e-5)
+    np.testing.assert_allclose(scores.accuracy, [1, 0.5])

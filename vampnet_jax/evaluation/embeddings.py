@@ -1,0 +1,65 @@
+"""A vector per recording, for distances between sets. None of these needs a download.
+
+| name | vector | dimensions |
+|---|---|---|
+| `mel-statistics` | means and deviations of 40 log mel bands and of their changes | 160 |
+| `crepe-tiny` | mean and deviation over time of CREPE's last hidden layer (pitch) | 512 |
+
+CREPE's weights come with the package torchcrepe (the extra `evaluate`). Neither was made for the
+distances that the literature reports (VGGish, CLAP), so compare figures only with figures
+of the same embedding.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from codec_bridge.audio import Audio, resample
+from codec_bridge.errors import InputError
+from vampnet_jax.evaluation.distances import SAMPLE_RATE, log_mel
+
+MEL_BANDS = 40
+CREPE_RATE = 16_000
+CREPE_HOP = 1_600
+"""A tenth of a second."""
+
+
+def mel_statistics(audio: np.ndarray) -> np.ndarray:
+    """Timbre, loudness and how fast they change: float64 `[160]` of `[samples]` at 24 kHz."""
+    bands = log_mel(audio, 2048, MEL_BANDS).astype(np.float64)  # [40, frames]
+    changes = np.diff(bands, axis=1) if bands.shape[1] > 1 else np.zeros_like(bands)
+    parts = (bands.mean(1), bands.std(1), np.abs(changes).mean(1), changes.std(1))
+    return np.concatenate(parts)
+
+
+def crepe_tiny(audio: np.ndarray) -> np.ndarray:
+    """Which pitches sound: float64 `[512]` of `[samples]` at 24 kHz (CREPE: Kim et al. 2018).
+
+    Raises:
+      InputError: torchcrepe is not installed.
+    """
+    from codec_bridge.descript import stand_in_for_broken_torchaudio
+
+    try:
+        with stand_in_for_broken_torchaudio():
+            import torchcrepe
+    except ImportError:
+        raise InputError(
+            "the embedding crepe-tiny needs torchcrepe; install vampnet-jax[evaluate]."
+        ) from None
+    import torch
+
+    at_rate = resample(Audio(audio[None].astype(np.float32), SAMPLE_RATE), CREPE_RATE)
+    with torch.inference_mode():
+        hidden = torchcrepe.embed(
+            torch.from_numpy(at_rate.samples), CREPE_RATE, CREPE_HOP, model="tiny", batch_size=128
+        )
+    frames = hidden.reshape(hidden.shape[1], -1).double().numpy()
+    return np.concatenate([frames.mean(0), frames.std(0)])
+
+
+EMBEDDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mel-statistics": mel_statistics,
+    "crepe-tiny": crepe_tiny,
+}
+"""Name → function of mono audio at 24 kHz."""
