@@ -24,7 +24,7 @@ from benchmarks import torch_vampnet
 from benchmarks.against_torch import alternate, ratios, show
 from vampnet_jax.training.config import TrainConfig, preset_config
 from vampnet_jax.training.objective import draw_masks, mask_ratios
-from vampnet_jax.training.step import TrainState, init_state, jitted_step
+from vampnet_jax.training.step import TrainState, init_state, jitted_step, with_codebooks
 
 N_CODEBOOKS, VOCAB, LATENT = 8, 1024, 8
 
@@ -47,9 +47,11 @@ class TorchStep:
         params = vampnet_params(state)
         self.config = config
         self.model = torch_vampnet.from_params(params, config.model).train().requires_grad_(True)
-        trained = list(self.model.parameters())
+        others = [p for name, p in self.model.named_parameters() if name != "tables"]
+        # Decay would change the codec's vectors, which share a table with those of MASK.
+        groups = [{"params": others}, {"params": [self.model.tables], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, betas=(config.adam_b1, config.adam_b2), eps=1e-8,
+            groups, lr=config.learning_rate, betas=(config.adam_b1, config.adam_b2), eps=1e-8,
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
         self._loss = torch.compile(self.loss, dynamic=False) if compiled else self.loss
@@ -69,7 +71,7 @@ class TorchStep:
         """Take one step; the loss before it."""
         loss = self._loss(tokens, mask)
         loss.backward()
-        codec_rows = self.model.tables.grad.view(-1, self.config.model.vocab_size + 1, LATENT)
+        codec_rows = self.model.tables.grad.unflatten(0, (-1, self.config.model.vocab_size + 1))
         codec_rows[:, :-1] = 0  # the codec's vectors are not trained
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.optimizer.step()
@@ -79,23 +81,24 @@ class TorchStep:
 
 def vampnet_params(state: TrainState) -> dict:
     """The state's parameters as `vampnet_jax.apply` takes them."""
-    from vampnet_jax.training.step import with_codebooks
-
     return with_codebooks(state.params, state.codebooks)
 
 
-def first_mask(config: TrainConfig, n_frames: int) -> np.ndarray:
-    """The mask of the first step of `train_step`, bool [B, C, T]."""
+def mask_of_step(config: TrainConfig, step: int, n_frames: int) -> np.ndarray:
+    """The mask that `train_step` draws, bool [B, C, T]."""
     batch = config.batch_size
-    mask_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     numbers = jnp.arange(batch, dtype=jnp.uint32)
-    ratios = mask_ratios(jnp.asarray(np.uint32(config.seed)), numbers)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, mask_key))(numbers)
+    ratios = mask_ratios(jnp.asarray(np.uint32(config.seed)), np.uint32(step * batch) + numbers)
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.split(key)[0]))(numbers)
     return np.asarray(draw_masks(keys, ratios, n_frames, config.model))
 
 
-def contestants(config: TrainConfig, n_frames: int) -> dict[str, Callable[[], float]]:
-    """The step in JAX, PyTorch and compiled PyTorch; each call takes one and returns its loss."""
+def contestants(config: TrainConfig, n_frames: int, n_steps: int) -> dict[str, Callable[[], float]]:
+    """The step in JAX, PyTorch and compiled PyTorch; each call takes one and returns its loss.
+
+    PyTorch is given the masks of `n_steps` steps, which JAX draws in the step.
+    """
     model = config.model
     rng = np.random.default_rng(0)
     shape = (model.n_codebooks, model.vocab_size, model.latent_dim)
@@ -103,23 +106,27 @@ def contestants(config: TrainConfig, n_frames: int) -> dict[str, Callable[[], fl
     start = jax.jit(init_state, static_argnums=0)(config, codebooks)
     size = (config.batch_size, model.n_codebooks, n_frames)
     tokens = rng.integers(0, model.vocab_size, size, np.int32)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    masks = [
+        torch.from_numpy(mask_of_step(config, step, n_frames).copy()) for step in range(n_steps)
+    ]
+
+    def steps_in_torch(*, compiled: bool) -> Callable[[], float]:
+        side, left = TorchStep(start, config, compiled=compiled), iter(masks)
+        return lambda: side.gradient_step(ids, next(left))
+
     sides = {
-        "step eager": TorchStep(start, config, compiled=False),
-        "step compiled": TorchStep(start, config, compiled=True),
+        "step eager": steps_in_torch(compiled=False),
+        "step compiled": steps_in_torch(compiled=True),
     }
     step, state, batch, done = jitted_step(config), start, jnp.asarray(tokens), jnp.float32(0)
 
-    def jax_step() -> float:
+    def step_in_jax() -> float:
         nonlocal state
         state, metrics = step(state, batch, done)
         return float(metrics["loss"])
 
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    mask = torch.from_numpy(first_mask(config, n_frames).copy())
-    torch_steps = {
-        name: functools.partial(side.gradient_step, ids, mask) for name, side in sides.items()
-    }
-    return {"step jax": jax_step, **torch_steps}
+    return {"step jax": step_in_jax, **sides}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tiny_config(batch_size=args.batch)
     codec = vampnet.load("tiny").codec
     n_frames = round(config.window_seconds * codec.frame_rate)
-    seconds = alternate(contestants(config, n_frames), args.rounds)
+    seconds = alternate(contestants(config, n_frames, args.rounds + 2), args.rounds)
     result = {"seconds": seconds, "times as fast as": ratios(seconds, ("step",))}
     show(f"tiny coarse, one training step, batch {args.batch} × {n_frames} frames", result)
 

@@ -30,8 +30,7 @@ def mesh_of(sizes: str, config: ModelConfig, devices: Sequence[jax.Device] | Non
     Raises:
       InputError: sizes that do not fit the devices or the model.
     """
-    if "fsdp" not in sizes:
-        sizes += ",fsdp=1"
+    sizes += "".join(f",{axis}=1" for axis in ("fsdp", "tensor") if axis not in sizes)
     # No batch to divide yet: `vamp` fills one up to a multiple.
     return plan(config, 0, sizes, devices=devices).mesh
 

@@ -9,7 +9,7 @@ from vampnet_jax.config import ModelConfig
 
 MAX_ROWS = 16384
 """Rows of the largest product that is measured; bounds memory."""
-WORK = 4e9
+WORK, ACCELERATOR_WORK = 4e9, 4e12
 """FLOPs of one measurement at least, so that the call itself costs nothing beside them."""
 
 
@@ -46,7 +46,8 @@ class MatmulRate:
         self.n_pairs = min(4, config.n_layers)
         """Pairs of weights that take turns."""
         pair_flops = self.n_pairs * 2 * 2 * rows * width * 4 * width
-        self.times = max(1, round(WORK / pair_flops))
+        work = WORK if jnp.zeros(()).device.platform == "cpu" else ACCELERATOR_WORK
+        self.times = max(1, round(work / pair_flops))
         """How often all pairs are gone through."""
         self.flops = self.times * pair_flops
 
@@ -63,10 +64,12 @@ class MatmulRate:
             return jnp.ones((rows, width), config.dtype), pairs
 
         def multiply(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-            for _ in range(self.times):
+            def all_pairs(_: int, x: jax.Array) -> jax.Array:
                 for up, down in pairs:
                     x = (x @ up) @ down
-            return x
+                return x
+
+            return jax.lax.fori_loop(0, self.times, all_pairs, x)
 
         self._multiply, self._arguments = jax.jit(multiply), make()
 
