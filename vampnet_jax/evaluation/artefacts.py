@@ -20,7 +20,7 @@ def clicks(audio: np.ndarray, rate: int, factor: float = CLICK_FACTOR) -> np.nda
     half = max(8, round(0.005 * rate))
     if len(bend) <= 2 * half:
         return np.zeros(0)
-    found = []
+    found: list[int] = []
     # The median of each stretch of 5 ms; an event is compared with both neighbours' as well.
     n = len(bend) // half
     medians = np.median(bend[: n * half].reshape(n, half), axis=1)
@@ -33,12 +33,11 @@ def clicks(audio: np.ndarray, rate: int, factor: float = CLICK_FACTOR) -> np.nda
     return (np.array(found, float) + 1) / rate
 
 
-def seam_score(audio: np.ndarray, rate: int, hop: int, borders: list[int]) -> float:
-    """How unusual the places are at which windows meet: mean rank in standard errors above ½.
+def seam_ranks(audio: np.ndarray, rate: int, hop: int, borders: list[int]) -> np.ndarray:
+    """How unusual the places are at which windows meet.
 
-    At every border the largest change of level and of spectrum within ±2 frames is ranked among all
-    places of the recording. Places at random give 0 on average with deviation 1; above 3 there are
-    seams.
+    At every border the largest change of level, and of spectrum, within ±2 frames is ranked among
+    all places of the recording.
 
     Args:
       audio: float `[samples]`.
@@ -47,7 +46,8 @@ def seam_score(audio: np.ndarray, rate: int, hop: int, borders: list[int]) -> fl
       borders: frames at which a window takes over.
 
     Returns:
-      the larger one of the scores of level and spectral flux.
+      float `[2, n]`, level and spectral flux at the borders that lie inside: the share of places
+      that change less. Places at random have ½ on average.
     """
     import librosa
 
@@ -57,12 +57,23 @@ def seam_score(audio: np.ndarray, rate: int, hop: int, borders: list[int]) -> fl
         np.abs(np.diff(level, prepend=level[:1])),
         librosa.onset.onset_strength(y=audio, sr=rate, hop_length=hop, center=True),
     )
-    scores = []
+    ranks = []
     for values in measures:
+        if len(values) <= 2 * SEAM_REACH:
+            return np.zeros((2, 0))
         nearby = np.lib.stride_tricks.sliding_window_view(values, 2 * SEAM_REACH + 1).max(axis=1)
-        inside = [b - SEAM_REACH for b in borders if SEAM_REACH <= b < len(nearby) + SEAM_REACH]
-        if not inside:
-            raise ValueError(f"no border of {borders} lies within {len(values)} frames")
-        ranks = [((nearby < nearby[b]).mean() + (nearby <= nearby[b]).mean()) / 2 for b in inside]
-        scores.append((np.mean(ranks) - 0.5) * np.sqrt(12 * len(ranks)))
-    return float(max(scores))
+        inside = [b - SEAM_REACH for b in borders if 0 <= b - SEAM_REACH < len(nearby)]
+        ranks.append(
+            [((nearby < nearby[b]).mean() + (nearby <= nearby[b]).mean()) / 2 for b in inside]
+        )
+    return np.array(ranks)
+
+
+def seam_score(ranks: np.ndarray) -> float:
+    """How many standard errors the mean rank lies above ½, for the worse of the two measures.
+
+    Args:
+      ranks: float `[2, n]`, of one recording or joined from many; above 3 there are seams.
+    """
+    n = ranks.shape[1]
+    return float((ranks.mean(axis=1).max() - 0.5) * np.sqrt(12 * n)) if n else 0.0

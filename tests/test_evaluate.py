@@ -1,0 +1,155 @@
+"""`vampnet evaluate`: the figures are those of the measures, and resuming does not change them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from small_codecs import random_codec
+from small_models import random_model
+
+from codec_bridge.errors import InputError
+from vampnet_jax.compression.compressor import Compressor
+from vampnet_jax.compression.container import HEADER_BYTES
+from vampnet_jax.evaluation.conditions import (
+    Condition,
+    baselines,
+    paper_experiments,
+    read_experiments,
+)
+from vampnet_jax.evaluation.excerpts import choose_excerpts
+from vampnet_jax.evaluation.run import evaluate
+from vampnet_jax.prompts import Prompt
+
+RATE = 8000
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory):
+    """Three recordings of 3 s of tones that come and go."""
+    folder = tmp_path_factory.mktemp("music")
+    rng = np.random.default_rng(0)
+    t = np.arange(3 * RATE) / RATE
+    for i in range(3):
+        sound = np.sin(2 * np.pi * (200 + 150 * i) * t) * (0.3 + 0.2 * np.sin(7 * t))
+        soundfile.write(folder / f"{i}.wav", sound + 0.01 * rng.standard_normal(len(t)), RATE)
+    (folder / "notes.txt").write_text("not audio")
+    (folder / "broken.wav").write_text("not audio either")
+    return folder
+
+
+CONDITIONS = [
+    Condition("baselines", "codec", "codec"),
+    Condition("baselines", "random tokens", "random"),
+    Condition("baselines", "Opus", "opus", kbps=6),
+    Condition("own", "p=2", prompt=Prompt(periodic=2, upper_codebooks=2), sampling=(("steps", 2),)),
+    Condition("own", "everything kept", prompt=Prompt(periodic=1), sampling=(("steps", 2),)),
+    Condition("own", "file", "compress", codebooks=1, period=4, sampling=(("steps", 2),)),
+]
+
+
+def test_excerpts_are_spread_evenly_and_never_leave_a_file(music):
+    excerpts = choose_excerpts(music, 12, 1.0)
+    assert len({(e.path, e.start) for e in excerpts}) == 12
+    assert [sum(e.path.stem == str(i) for e in excerpts) for i in range(3)] == [4, 4, 4]
+    assert all(e.start + RATE <= 3 * RATE for e in excerpts)
+    assert excerpts[0].read(RATE).shape == (RATE,)
+    with pytest.raises(InputError, match=r"no recording of 9 s or more \(4 audio files\)"):
+        choose_excerpts(music, 2, 9.0)
+    with pytest.raises(InputError, match="is not a folder"):
+        choose_excerpts(music / "0.wav", 2, 1.0)
+
+
+def test_an_evaluation_gives_all_figures_and_the_same_again_after_an_interruption(music, tmp_path):
+    compressor = Compressor(random_model(random_codec()))
+    out = tmp_path / "evaluation"
+    options = {"n_excerpts": 5, "seconds": 1.0, "n_listen": 1}
+    calls = []
+
+    def stop_late(stage, done, total):
+        calls.append(stage)
+        if stage == "p=2" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(compressor, music, out, CONDITIONS, on_progress=stop_late, **options)
+    assert not (out / "report.html").exists()
+    results = evaluate(compressor, music, out, CONDITIONS, **options)
+    whole = evaluate(compressor, music, tmp_path / "again", CONDITIONS, **options)
+    assert results == whole
+    for name in ("results.csv", "results.json", "report.html"):
+        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+    figures = {r.condition.name: r.figures for r in results}
+    assert figures["everything kept"]["mel"] == pytest.approx(figures["codec"]["mel"], abs=1e-4)
+    assert figures["codec"]["bitrate"].value == pytest.approx(125 * 8 * 6)
+    file_bits = 8 * (HEADER_BYTES + 32 * 6 / 8)  # 32 of 125 frames, 6 bits each
+    assert figures["file"]["bitrate"].value == pytest.approx(file_bits, abs=64)
+    assert figures["everything kept"]["share mel-statistics"].value == pytest.approx(0, abs=1e-3)
+    assert 0 <= figures["p=2"]["token accuracy"].value < 0.2
+    assert "token diversity" in figures["p=2"]
+
+    with open(out / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["condition"] for row in rows] == [c.name for c in CONDITIONS]
+    content = json.loads((out / "results.json").read_text())
+    uniform = np.log(64)
+    assert content["tokens"]["coarse/nll/1"][0] == pytest.approx(uniform, rel=0.3)
+    page = (out / "report.html").read_text()
+    for player in ("original-0", f"{CONDITIONS[3].slug}-0"):
+        assert f"audio/{player}.flac" in page
+        assert (out / "audio" / f"{player}.flac").is_file()
+    assert {"baselines.png", "own.png", "bitrate.png"} <= {p.name for p in out.glob("*.png")}
+
+    with pytest.raises(InputError, match="with other seed"):
+        evaluate(compressor, music, out, CONDITIONS, seed=1, **options)
+    with pytest.raises(InputError, match="holds no evaluation"):
+        evaluate(compressor, music, music, CONDITIONS, **options)
+
+
+def test_the_papers_experiments_and_baselines_have_names_of_their_own():
+    conditions = baselines(16) + [c for rows in paper_experiments(4).values() for c in rows]
+    assert len({c.slug for c in conditions}) == len(conditions)
+    assert {"1 steps", "72 steps", "4 codebooks, p=16", "beat 75 ms", "nothing kept"} <= {
+        c.name for c in conditions
+    }
+
+
+def test_own_experiments_are_read_from_yaml(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "experiments:\n  mine:\n    - {name: a, periodic: 5, steps: 12, temperature: 0.8}\n"
+        "    - {name: b, kind: compress, codebooks: 2, period: 3}\n"
+        "    - {name: c, regions: [[1, 2.5]]}\n"
+    )
+    a, b, c = read_experiments(path)["mine"]
+    assert (a.prompt.periodic, dict(a.sampling)) == (5, {"steps": 12, "temperature": 0.8})
+    assert (b.kind, b.codebooks, b.period) == ("compress", 2, 3)
+    assert c.prompt.regions == ((1.0, 2.5),)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("experiments: [1", "is not YAML"),
+        ("other: 3", "has no `experiments:`"),
+        ("experiments: {a: []}", "has no `experiments:`"),
+        ("experiments: {a: [{periodic: 3}]}", "has no `name:`"),
+        ("experiments: {a: [{name: x, kind: magic}]}", "there is no kind 'magic'"),
+        ("experiments: {a: [{name: x, peridoic: 3}]}", "has no option 'peridoic'"),
+        ("experiments: {a: [{name: x, kind: opus, period: 3}]}", "has no option 'period'"),
+        ("experiments: {a: [{name: x, periodic: -1}]}", "must be at least 0"),
+        ("experiments: {a: [{name: x, steps: many}]}", "steps is 'many'; it must be a number"),
+        ("experiments: {a: [{name: x, steps: 0}]}", "must be a whole number of at least 1"),
+        ("experiments: {a: [{name: x, kind: compress, codebooks: 0}]}", "must be at least 1"),
+        ("experiments: {a: [{name: x, regions: 3}]}", "in experiment 'a', condition 'x'"),
+        ("experiments: {a: [!!python/object/apply:os.system [ls]]}", "is not YAML"),
+    ],
+)
+def test_bad_experiments_are_named(tmp_path, text, problem):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        read_experiments(path)
+    assert problem in str(error.value)
