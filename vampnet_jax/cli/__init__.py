@@ -16,6 +16,7 @@ COMMANDS = {
     "import": "make a model directory from checkpoints or training runs",
     "merge-lora": "put LoRA adapters that were trained into their model",
     "export-torch": "write a model as the original's .pth files",
+    "evaluate": "measure how good a model is, on a folder of recordings",
     "compress": "audio to a small file of tokens",
     "decompress": "such a file to audio again",
     "benchmark": "measure how fast a model samples here",
