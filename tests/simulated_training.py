@@ -2,7 +2,7 @@
 
     JAX_NUM_CPU_DEVICES=8 python tests/simulated_training.py MESH...
 
-MESH is as `train.py --mesh` takes it. Several processes make one job, as on a cluster, by the
+MESH is as `train.py --mesh` takes it; with "+N" the batch is accumulated in N parts. Several processes make one job, as on a cluster, by the
 variables that `vampnet_jax.training.distributed` reads.
 """
 
@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 
-STEPS, BATCH = 20, 8
+STEPS, BATCH = 20, 16
 
 
 def start(
@@ -37,7 +37,7 @@ def start(
 
 def finish(*processes: subprocess.Popen) -> str:
     """Wait for all processes of a job; what the first printed."""
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=900) for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return outputs[0][0]
@@ -60,23 +60,25 @@ def train(mesh: str) -> dict:
     from vampnet_jax.training.sharding import plan
     from vampnet_jax.training.step import init_on, jitted_step
 
+    mesh, _, accumulate = mesh.partition("+")
     model = vampnet.ModelConfig(
         n_codebooks=3,
         n_conditioning_codebooks=1,
         n_layers=2,
         n_heads=2,
-        embedding_dim=16,
+        embedding_dim=64,
         vocab_size=32,
     )
     config = TrainConfig(
         model=model,
         batch_size=BATCH,
+        accumulate=int(accumulate or 1),
         steps=STEPS,
         schedule="constant",
         learning_rate=3e-3,
         warmup_steps=5,
     )
-    layout = plan(model, BATCH, mesh)
+    layout = plan(model, BATCH, mesh, accumulate=config.accumulate)
     rng = np.random.default_rng(0)
     codebooks = rng.standard_normal((3, 32, 8)).astype(np.float32)
     state = init_on(layout, config, codebooks, np.full((3, 32), 1 / 32))

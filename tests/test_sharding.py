@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import simulated_training as simulated
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 import vampnet_jax as vampnet
 from codec_bridge import InputError
@@ -26,14 +26,14 @@ MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"]
 def runs() -> dict[str, dict]:
     """The same training on one and on eight simulated devices, and in two processes of four."""
     coordinator = f"localhost:{simulated.free_port()}"
-    several = [simulated.start(4, "fsdp=8", job=(coordinator, 2, n)) for n in range(2)]
+    several = [simulated.start(4, "fsdp=8+2", job=(coordinator, 2, n)) for n in range(2)]
     one = simulated.start(8, ONE_DEVICE, *MESHES)
     joined = json.loads(simulated.finish(*several))
-    return json.loads(simulated.finish(one)) | {"two processes": joined["fsdp=8"]}
+    return json.loads(simulated.finish(one)) | {"two processes, accumulating": joined["fsdp=8+2"]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MESHES, "two processes"])
+@pytest.mark.parametrize("name", [*MESHES, "two processes, accumulating"])
 def test_losses_are_the_same_on_one_and_eight_devices_and_in_two_processes(runs, name):
     wanted, found = runs[ONE_DEVICE], runs[name]
     assert (wanted["devices"], found["devices"]) == (1, 8)
@@ -43,11 +43,13 @@ def test_losses_are_the_same_on_one_and_eight_devices_and_in_two_processes(runs,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shards"), [("fsdp=8", 8), ("two processes", 8)])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [("fsdp=8", 8), ("data=2,fsdp=2,tensor=2", 4), ("two processes, accumulating", 8)],
+)
 def test_each_device_holds_its_share_of_parameters_and_moments(runs, name, shards):
     found = runs[name]
-    # A minute model has many small arrays; at the published sizes it is 5 % (next test).
-    assert max(found["bytes"]) <= found["total"] / shards * 1.05 + 2048
+    assert max(found["bytes"]) <= found["total"] / shards * 1.05
 
 
 @functools.cache
@@ -76,15 +78,15 @@ def test_moments_and_averages_lie_where_their_parameters_lie():
     placed = Layout(AbstractMesh((2, 4, 2), AXES)).shardings(state)
     assert jax.tree.leaves(placed.params) == jax.tree.leaves(placed.ema)
     assert jax.tree.leaves(placed.params) == jax.tree.leaves(placed.moments[1].mu)
-    assert placed.params["blocks"]["query"].spec == (None, "fsdp", "tensor", None)
-    assert placed.codebooks.spec == ()
+    assert placed.params["blocks"]["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert placed.codebooks.spec == PartitionSpec()
 
 
 def test_an_axis_that_does_not_divide_an_array_leaves_it_whole():
     layout = Layout(AbstractMesh((1, 3, 2), AXES))
     shape = jax.ShapeDtypeStruct((2, 16, 2, 8), np.float32)
     placed = layout.shardings({"blocks": {"query": shape}})
-    assert placed["blocks"]["query"].spec == (None, None, "tensor", None)
+    assert placed["blocks"]["query"].spec == PartitionSpec(None, None, "tensor", None)
 
 
 class Device:
@@ -124,7 +126,7 @@ def test_a_process_has_consecutive_rows_of_the_batch():
     ("mesh", "batch", "words"),
     [
         ("data=3", 24, "does not divide the 8 devices"),
-        ("data=16,fsdp=1", 16, "needs 16 devices; there are 8"),
+        ("data=16,fsdp=1,tensor=1", 16, "needs 16 devices; there are 8"),
         ("tensor=4", 8, "2 heads; choose one of 1, 2"),
         ("model=2", 8, "'model=2'"),
         ("data=0", 8, "'data=0'"),

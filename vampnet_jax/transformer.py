@@ -73,8 +73,8 @@ def dropout(x: jax.Array, rate: float, seed: jax.Array | None) -> jax.Array:
 
     Which values are zeroed is a hash (the last step of MurmurHash3, twice) of the example's seed,
     uint32 `[B, 2]`, and the position within the example: the same however the batch is divided,
-    and a tenth of the work of JAX's generator, which is felt where a draw is needed for each pair
-    of frames.
+    and far fewer operations than JAX's generator takes, which is felt where a draw is needed for
+    each pair of frames in each head.
     """
     if seed is None or rate == 0.0:
         return x

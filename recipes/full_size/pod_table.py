@@ -1,6 +1,6 @@
 """The table of docs/training-at-scale.md: the published models compiled for TPU pods.
 
-    pip install 'vampnet-jax[train,pod-check]'
+    pip install 'vampnet-jax[train,tpu]'
     python recipes/full_size/pod_table.py                        # all of it
     python recipes/full_size/pod_table.py --presets coarse --topologies v5e:16x16 --batches 2048
 

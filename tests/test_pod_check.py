@@ -1,0 +1,154 @@
+"""Compiling the step for a pod that is not here: what is read from the compiled program."""
+
+import importlib.util
+import math
+
+import jax
+import pytest
+from rich.console import Console
+
+import vampnet_jax as vampnet
+from codec_bridge import InputError
+from vampnet_jax.cli.status import FAILED_CHECK, OK
+from vampnet_jax.cli.train import main as train
+from vampnet_jax.training import pod_check
+from vampnet_jax.training.collectives import Collective, collectives
+from vampnet_jax.training.config import TrainConfig
+from vampnet_jax.training.sharding import plan
+
+CONFIG = TrainConfig(
+    model=vampnet.ModelConfig(
+        n_codebooks=3, n_layers=2, n_heads=2, embedding_dim=16, vocab_size=32
+    ),
+    batch_size=4,
+    steps=1,
+)
+SMALL = ["--n-layers=1", "--n-heads=2", "--embedding-dim=16", "--batch-size=4"]
+
+HLO = """
+HloModule step, entry_computation_layout={()->f32[]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %ag = bf16[64,16]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups=[1,8]<=[8], dimensions={0}
+  %rs = f32[8,16]{1,0} reduce-scatter(%g), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%condition (state: (s32[], f32[8,16])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[8,16]) -> f32[] {
+  %loop = (s32[], f32[8,16]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"20"}}
+  %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  ROOT %loss = f32[100]{0} all-reduce(%y), replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_counted_with_their_loops_and_sizes():
+    gathered = 20 * 64 * 16 * 2 + 32 * 4
+    scattered = 20 * 4 * 8 * 16 * 4  # the result is a quarter of what is reduced
+    assert collectives(HLO) == [
+        Collective("all-gather", 21, gathered, gathered * 7 / 8),
+        Collective("all-reduce", 1, 400, 2 * 400 * 7 / 8),
+        Collective("reduce-scatter", 20, scattered, scattered * 3 / 4),
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    layout = plan(CONFIG.model, CONFIG.batch_size, "fsdp=2", devices=jax.devices())
+    return pod_check.compile_step(CONFIG, layout, 20)
+
+
+def test_a_compiled_step_is_measured_per_chip(compiled):
+    report = pod_check.measure(compiled, CONFIG, 20, pod_check.CHIPS["v5e"])
+    state = jax.tree.leaves(pod_check.abstract_state(CONFIG))
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in state)
+    assert size / 2 < report.arguments < 0.8 * size  # codebooks are whole on both
+    assert report.temporaries > 0
+    assert report.outputs < 0.1 * report.arguments  # the new state replaces the old one
+    assert {item.kind for item in report.collectives} >= {"all-gather"}
+    assert all(0 < item.sent <= 2 * item.bytes for item in report.collectives)
+
+
+def test_the_roofline_lies_between_full_overlap_and_none():
+    chip = pod_check.Chip(flops=100.0, memory=10.0, memory_rate=10.0, link_rate=1.0)
+    report = pod_check.Report(
+        chip=chip,
+        arguments=3.0,
+        temporaries=4.0,
+        outputs=1.0,
+        model_flops=150.0,
+        flops=200.0,
+        memory_traffic=30.0,
+        collectives=(Collective("all-gather", 1, 2.0, 1.0),),
+    )
+    assert report.memory == 8.0
+    assert report.times == {"compute": 2.0, "memory": 3.0, "links": 1.0}
+    assert report.seconds == (3.0, 6.0)
+    assert report.mfu(3.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("preset", "n_frames", "given"), [("coarse", 575, 0), ("fine", 173, 4)])
+def test_without_tokens_the_sizes_are_those_of_the_published_codec(preset, n_frames, given):
+    config, frames = pod_check.sizes(preset, None, {"batch_size": 256, "steps": None}, None)
+    assert frames == n_frames
+    assert config.model.n_conditioning_codebooks == given
+    assert (config.model.vocab_size, config.batch_size) == (1024, 256)
+
+
+@pytest.mark.parametrize(("memory", "status", "word"), [(1e9, OK, "fits"), (1e4, 1, "not fit")])
+def test_the_command_says_whether_it_fits(monkeypatch, capsys, memory, status, word):
+    chip = pod_check.CHIPS["v5e"]._replace(memory=memory)
+    monkeypatch.setattr(pod_check, "devices_of", lambda _: (jax.devices(), chip))
+    assert train(["--compile-only", "--window-seconds=0.3", "--mesh=fsdp=2", *SMALL]) == status
+    said = capsys.readouterr().out
+    assert word in said.splitlines()[-1]
+    assert "roofline step time" in said
+    assert FAILED_CHECK == 1
+
+
+def test_what_the_compiler_cannot_place_does_not_fit(monkeypatch):
+    class Lowered:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\n"
+                "Ran out of memory in memory space hbm. Used 33.6G of 15.75G hbm."
+            )
+
+    monkeypatch.setattr(pod_check, "jitted_step", lambda *_: Lowered())
+    monkeypatch.setattr(pod_check, "devices_of", lambda _: (jax.devices(), pod_check.CHIPS["v5e"]))
+    with Console().capture() as _:
+        console = Console(record=True)
+        assert not pod_check.check(CONFIG, 20, "v5e:4x4", "fsdp=2", console)
+    assert "does not fit: Ran out of memory in memory space hbm. Used 33.6G" in (
+        console.export_text().replace("\n", " ")
+    )
+
+
+def test_unknown_topologies_and_a_missing_compiler_are_one_sentence(monkeypatch):
+    with pytest.raises(InputError, match="v9:4x4: choose v5e, v5p, v6e"):
+        pod_check.devices_of("v9:4x4")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'vampnet-jax\[tpu\]'"):
+        pod_check.devices_of("v5e:4x4")
+
+
+@pytest.mark.slow
+def test_the_step_compiles_for_a_tpu_slice():
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    devices, chip = pod_check.devices_of("v5e:2x4")
+    assert len(devices) == 8
+    layout = plan(CONFIG.model, 8, None, devices=devices)
+    report = pod_check.measure(pod_check.compile_step(CONFIG, layout, 20), CONFIG, 20, chip)
+    assert 0 < report.memory < chip.memory
+    assert report.flops > 0

@@ -1,0 +1,257 @@
+"""Compile the training step for a TPU pod on a machine without one, and say how it would do.
+
+The TPU compiler is a library that needs no TPU (package libtpu); it lays out memory as on the
+chip, and refuses what does not fit.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from codec_bridge.errors import InputError
+from vampnet_jax.training.collectives import Collective, collectives
+from vampnet_jax.training.config import Preset, Stage, TrainConfig, preset_config
+from vampnet_jax.training.flops import step_flops
+from vampnet_jax.training.sharding import Layout, plan
+from vampnet_jax.training.step import abstract_state, jitted_step
+from vampnet_jax.training.tokens import read_codebooks, read_manifest
+
+GIB = 2**30
+PUBLISHED_CODEC = (44100 / 768, 14, 1024, 8)
+"""Frames/s, codebooks, codes and their width of the codec of the published weights."""
+
+
+class Chip(NamedTuple):
+    """A TPU chip by its maker's data sheet."""
+
+    flops: float
+    """FLOP/s of bfloat16 matrix products."""
+    memory: float
+    """Bytes that a program can use: a little less than on the sheet."""
+    memory_rate: float
+    """Bytes/s."""
+    link_rate: float
+    """Bytes/s that a chip can send to its neighbours over all its links together."""
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 600e9),
+    "v6e": Chip(918e12, 31.25 * GIB, 1640e9, 400e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one step of training takes on one chip."""
+
+    chip: Chip
+    arguments: float
+    """Bytes of the state and the batch, which the new state replaces."""
+    temporaries: float
+    """Bytes of everything in between."""
+    outputs: float
+    """Bytes of results that replace no argument."""
+    model_flops: float
+    """FLOPs of the matrix products that the model needs."""
+    flops: float
+    """FLOPs of the program as the compiler counts them, recomputation included."""
+    memory_traffic: float
+    """Bytes read and written as the compiler counts them."""
+    collectives: tuple[Collective, ...]
+
+    @property
+    def memory(self) -> float:
+        """Bytes in all."""
+        return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds if nothing else limited: computing, memory, links between chips."""
+        return {
+            "compute": max(self.flops, self.model_flops) / self.chip.flops,
+            "memory": self.memory_traffic / self.chip.memory_rate,
+            "links": sum(c.sent for c in self.collectives) / self.chip.link_rate,
+        }
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """A step's time if the three overlap fully, and if they do not at all."""
+        return max(self.times.values()), sum(self.times.values())
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOPs utilisation of a step of so many seconds."""
+        return self.model_flops / seconds / self.chip.flops
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to place the step in the chip's memory; says what it needs."""
+
+
+def devices_of(topology: str) -> tuple[list[Any], Chip]:
+    """The devices of a pod slice that need not exist.
+
+    Args:
+      topology: such as v5e:16x16 or v5p:8x8x4.
+
+    Raises:
+      InputError: no such topology, or libtpu is not installed.
+    """
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS:
+        raise InputError(f"--topology {topology}: choose {', '.join(CHIPS)}, such as v5e:16x16.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "--compile-only needs the TPU compiler; pip install 'vampnet-jax[tpu]'."
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine's own TPU is not asked for
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # the TPU library raises its own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--topology {topology}: {reason}") from error
+    return list(description.devices), CHIPS[kind]
+
+
+def compile_step(config: TrainConfig, layout: Layout, n_frames: int) -> jax.stages.Compiled:
+    """Compile the training step for the layout's devices.
+
+    Raises:
+      DoesNotFit: it needs more memory than the chip has.
+    """
+    model = config.model
+    state = layout.abstract(abstract_state(config))
+    shape = (config.batch_size, model.n_codebooks, n_frames)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch)
+    done = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.whole)
+    lowered = jitted_step(config, layout).lower(state, tokens, done)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = [line.strip() for line in str(error).splitlines() if "hbm" in line.lower()]
+        raise DoesNotFit(wanted[0] if wanted else str(error).splitlines()[0]) from error
+
+
+def measure(
+    compiled: jax.stages.Compiled, config: TrainConfig, n_frames: int, chip: Chip
+) -> Report:
+    """Read a compiled step's needs; all per chip."""
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    assert memory is not None
+    assert cost is not None
+    assert text is not None
+    n_chips = len(jax.tree.leaves(compiled.input_shardings)[0].device_set)
+    return Report(
+        chip=chip,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        model_flops=step_flops(config, n_frames) / n_chips,
+        flops=cost.get("flops", 0.0),
+        memory_traffic=cost.get("bytes accessed", 0.0),
+        collectives=tuple(collectives(text)),
+    )
+
+
+def sizes(
+    preset: Preset, stage: Stage | None, settings: Mapping[str, Any], tokens: Path | None
+) -> tuple[TrainConfig, int]:
+    """The configuration to compile, and the frames of an excerpt.
+
+    Args:
+      preset, stage, settings: as for a run; no end of the run need be given.
+      tokens: a folder of tokens, for its codec; None takes the published codec's sizes.
+
+    Raises:
+      InputError: impossible settings, or no token folder.
+    """
+    frame_rate, codebooks, codes, width = PUBLISHED_CODEC
+    if tokens is not None:
+        codec = read_manifest(tokens).codec
+        frame_rate, codebooks, codes = codec.frame_rate, codec.n_codebooks, codec.codebook_size
+        width = read_codebooks(tokens, codec).shape[2]
+    config = preset_config(
+        preset,
+        stage or ("fine" if preset == "fine" else "coarse"),
+        {"steps": 1} | {name: value for name, value in settings.items() if value is not None},
+        codec_codebooks=codebooks,
+        codebook_size=codes,
+        latent_dim=width,
+    )
+    return config, math.ceil(config.window_seconds * frame_rate)
+
+
+def check(
+    config: TrainConfig, n_frames: int, topology: str, mesh: str | None, console: Console
+) -> bool:
+    """Compile for a pod and print what it takes; returns whether it fits.
+
+    Args:
+      config: of the run; its batch is that of all chips.
+      n_frames: T, frames per excerpt.
+      topology: as `devices_of` takes it.
+      mesh: as `vampnet_jax.training.sharding.plan` takes it.
+      console: to print on.
+
+    Raises:
+      InputError: unknown topology, no libtpu, or a mesh or batch that does not fit the chips.
+    """
+    devices, chip = devices_of(topology)
+    layout = plan(
+        config.model, config.batch_size, mesh, accumulate=config.accumulate, devices=devices
+    )
+    axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    console.print(
+        f"{topology}: {len(devices)} chips, mesh {axes}; batch {config.batch_size} of {n_frames} "
+        f"frames, {config.model.dtype}, remat {config.model.remat}"
+    )
+    try:
+        report = measure(compile_step(config, layout, n_frames), config, n_frames, chip)
+    except DoesNotFit as error:
+        console.print(f"does not fit: {error}", soft_wrap=True)
+        return False
+    console.print(_table(report))
+    fits = report.memory <= chip.memory
+    console.print("fits" if fits else "does not fit")
+    return fits
+
+
+def _table(report: Report) -> Table:
+    table = Table("per chip and step", "", show_header=True, box=None)
+    share = report.memory / report.chip.memory
+    overlapped, apart = report.seconds
+    rows = [
+        ("arguments", f"{report.arguments / GIB:.2f} GiB"),
+        ("temporaries", f"{report.temporaries / GIB:.2f} GiB"),
+        ("outputs not in place", f"{report.outputs / GIB:.2f} GiB"),
+        (
+            "memory",
+            f"{report.memory / GIB:.2f} of {report.chip.memory / GIB:.2f} GiB ({share:.0%})",
+        ),
+        ("model FLOPs", f"{report.model_flops / 1e12:.2f} T"),
+        ("FLOPs of the program", f"{report.flops / 1e12:.2f} T"),
+        ("memory traffic", f"{report.memory_traffic / 1e9:.1f} GB"),
+        *(
+            (item.kind, f"{item.calls} × , {item.bytes / 1e6:,.1f} MB, {item.sent / 1e6:,.1f} sent")
+            for item in report.collectives
+        ),
+        *((f"time by {what}", f"{1e3 * t:.1f} ms") for what, t in report.times.items()),
+        ("roofline step time", f"{1e3 * overlapped:.1f} to {1e3 * apart:.1f} ms"),
+        ("roofline MFU", f"{report.mfu(apart):.0%} to {report.mfu(overlapped):.0%}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
