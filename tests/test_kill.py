@@ -15,20 +15,30 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import simulated_training
 from small_tokens import write_folder
 
-from vampnet_jax.training.checkpoints import load_run
+from vampnet_jax.cli.status import TRY_AGAIN
+from vampnet_jax.training.checkpoints import Checkpoints, load_run
 
 KILLS = int(os.environ.get("VAMPNET_KILLS", "3"))
 STEPS = 60 * (KILLS + 1)
 ROOT = Path(__file__).parent.parent
+OPTIONS = [
+    "--n-codebooks=2",
+    "--n-layers=1",
+    "--n-heads=2",
+    "--embedding-dim=16",
+    "--window-seconds=2",
+    "--batch-size=4",
+    "--dropout=0.1",
+    "--seed=5",
+]
 FATE = ("loss", "log_loss", "gradient_norm", "parameter_norm", "learning_rate")
 
 
 def start(tokens: Path, run: Path, cache: Path) -> subprocess.Popen:
-    options = ["--n-codebooks=2", "--n-layers=1", "--n-heads=2", "--embedding-dim=16"]
-    options += ["--window-seconds=2", "--batch-size=4", "--dropout=0.1", "--seed=5"]
-    options += [f"--steps={STEPS}", "--save-every=4", "--log-every=1"]
+    options = [*OPTIONS, f"--steps={STEPS}", "--save-every=4", "--log-every=1"]
     command = [sys.executable, str(ROOT / "train.py"), str(tokens), "--out", str(run), *options]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -76,7 +86,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_pat
     write_folder(tokens, [60, 60, 200, 900])
     whole, run = tmp_path / "whole", tmp_path / "run"
     process = start(tokens, whole, cache)
-    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert process.wait(timeout=1800) == 0, process.stderr.read()
     expected = trained(whole)
     assert list(expected) == list(range(1, STEPS + 1))
 
@@ -85,7 +95,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_pat
     for kill in range(KILLS):
         process = start(tokens, run, cache)
         (kill_inside_a_save if kill % 2 else kill_at_a_random_moment)(process, run, draw)
-        assert process.wait(timeout=60) == -signal.SIGKILL, process.stderr.read()
+        assert process.wait(timeout=600) == -signal.SIGKILL, process.stderr.read()
         inside += bool(unfinished_saves(run))
         # Whatever came after a restart is what the uninterrupted run had, number by number.
         so_far = trained(run)
@@ -94,7 +104,38 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_pat
     assert inside > 0
 
     process = start(tokens, run, cache)
-    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert process.wait(timeout=1800) == 0, process.stderr.read()
     assert trained(run) == expected
     ends = [load_run(folder, step=STEPS)[0] for folder in (whole, run)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_makes_both_save_the_same_step_and_one_continues(tmp_path):
+    tokens, run = tmp_path / "tokens", tmp_path / "run"
+    write_folder(tokens, [60, 60, 200, 900])
+    command = [str(tokens), "--out", str(run), *OPTIONS, "--log-every=20"]
+    address = f"localhost:{simulated_training.free_port()}"
+    job = [
+        simulated_training.start(
+            1, *command, "--steps=1000000", job=(address, 2, number), script=str(ROOT / "train.py")
+        )
+        for number in range(2)
+    ]
+    log = run / "log.jsonl"
+    while all(process.poll() is None for process in job):
+        if log.exists() and '"train/loss"' in log.read_text():
+            job[1].send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.1)
+    shown = [process.communicate(timeout=1800) for process in job]
+    assert [process.returncode for process in job] == [TRY_AGAIN, TRY_AGAIN], shown
+    assert "stopped after step" in shown[0][0]
+    assert not shown[1][0]  # one process speaks
+    (step,) = Checkpoints(run, keep=2, read_only=True).steps
+
+    alone = simulated_training.start(
+        2, *command, f"--steps={step + 1}", script=str(ROOT / "train.py")
+    )
+    assert f"from step {step}" in simulated_training.finish(alone)
+    assert Checkpoints(run, keep=2, read_only=True).steps == [step, step + 1]
