@@ -153,7 +153,7 @@ def test_a_run_can_begin_with_the_weights_of_another(whole_run, tokens, tmp_path
     assert read_run(run)[0].model == config
     assert train([*command, "--steps=2"]) == 0  # its own checkpoint comes first
     assert len(starts) == 1
-    with pytest.raises(InputError, match=r"has n_layers 1, so --init-from cannot go with 3"):
+    with pytest.raises(InputError, match=r"has n_layers 1, which cannot become 3"):
         train([*command[:2], str(tmp_path / "other"), *command[3:], "--steps=1", "--n-layers=3"])
     assert not (tmp_path / "other").exists()
 
