@@ -70,7 +70,9 @@ def load_frequencies(directory: Path, codec: Codec, n_codebooks: int) -> np.ndar
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); fetch or make it again.") from None
     if fingerprint != codec.fingerprint:
-        raise InputError(f"{path} was counted in tokens of another codec than the model's.")
+        raise InputError(
+            f"{path} was counted in tokens of another codec; delete it, or count again."
+        )
     if values is None or values.min() < 1 or (values.sum(axis=1) != TOTAL).any():
         raise InputError(f"{path} has no frequencies of {wanted[0]} x {wanted[1]} tokens.")
     return values

@@ -38,9 +38,9 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None
     Source: Chung et al. 2025 (KAD: no more FAD), section 3.
     """
     a, b = _checked(a, b)
-    within_a, within_b, between = _squares(a, a), _squares(b, b), _squares(a, b)
     if bandwidth is None:
-        bandwidth = float(np.sqrt(np.median(within_a[np.triu_indices(len(a), 1)])))
+        bandwidth = median_distance(a)
+    within_a, within_b, between = _squares(a, a), _squares(b, b), _squares(a, b)
     if not bandwidth > 0:
         raise ValueError("the reference's embeddings are all the same; give a bandwidth")
 
@@ -53,6 +53,12 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None
 
     mmd = off_diagonal(within_a) + off_diagonal(within_b) - 2 * float(kernel(between).mean())
     return KAD_SCALE * mmd
+
+
+def median_distance(embeddings: np.ndarray) -> float:
+    """Median Euclidean distance between the rows of float `[N, d]`, N ≥ 2."""
+    x, _ = _checked(embeddings, embeddings)
+    return float(np.sqrt(np.median(_squares(x, x)[np.triu_indices(len(x), 1)])))
 
 
 def diversity(embeddings: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from vampnet_jax.evaluation.conditions import Condition
 from vampnet_jax.evaluation.intervals import Interval, bootstrap, mean_interval
 from vampnet_jax.evaluation.measuring import Rows
-from vampnet_jax.evaluation.sets import frechet_distance, kernel_distance
+from vampnet_jax.evaluation.sets import frechet_distance, kernel_distance, median_distance
 
 SET_RESAMPLES = 100
 """Of distances between sets, which take longer to compute than means."""
@@ -61,7 +62,11 @@ def summarise(
             if len(reference[name]) < 2 or len(own[name]) < 2:
                 continue
             figures[f"frechet {name}"] = _between(frechet_distance, reference[name], own[name])
-            figures[f"kad {name}"] = _between(kernel_distance, reference[name], own[name])
+            # Fixed, since a resampled reference repeats itself and so looks narrower.
+            bandwidth = median_distance(reference[name])
+            if bandwidth > 0:
+                distance = functools.partial(kernel_distance, bandwidth=bandwidth)
+                figures[f"kad {name}"] = _between(distance, reference[name], own[name])
             if len(ends) == 2 and condition.kind not in ends:
                 sets = (reference[name], own[name], ends["codec"][name], ends["random"][name])
                 figures[f"share {name}"] = _share_interval(*sets)
