@@ -338,7 +338,7 @@ def test_a_skipped_step_changes_nothing_but_the_step_number():
 
 def test_a_run_whose_every_step_is_a_spike_ends_in_one_sentence(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SKIPS_IN_A_ROW", 3)
-    options = ["--steps=50", "--skip-spikes=3", "--learning-rate=1e30", "--schedule=constant"]
+    options = ["--steps=50", "--skip-spikes=3", "--learning-rate=1e15", "--schedule=constant"]
     with pytest.raises(InputError, match=r"The last 3 steps up to \d+ were all skipped"):
         train([str(tokens), "--out", str(tmp_path / "run"), *options, *SMALL])
 
