@@ -110,6 +110,9 @@ def official(rounds: int, config: ModelConfig = OFFICIAL, frames: int = OFFICIAL
     ids, torch_bias = torch.from_numpy(tokens.astype(np.int64)), model.position_bias(frames)
     compiled_model = torch.compile(model, dynamic=False)
 
+    def jax_forward() -> None:
+        jax.block_until_ready(forward(params, rows, bias=bias))
+
     def jax_steps() -> None:
         jax.block_until_ready(
             vampnet.generate(params, rows, jnp.asarray(mask), jax.random.key(0), config, options)
@@ -132,7 +135,7 @@ def official(rounds: int, config: ModelConfig = OFFICIAL, frames: int = OFFICIAL
     contestants: dict[str, Callable[[], None]] = {
         "rate jax": functools.partial(rate, "jax"),
         "rate torch": functools.partial(rate, "torch"),
-        "forward jax": lambda: jax.block_until_ready(forward(params, rows, bias=bias)) and None,
+        "forward jax": jax_forward,
         "forward eager": functools.partial(torch_forward, model),
         "forward compiled": functools.partial(torch_forward, compiled_model),
         "steps jax": jax_steps,

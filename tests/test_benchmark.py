@@ -5,15 +5,18 @@ import json
 
 import jax
 import pytest
+from rich.console import Console
 from small_codecs import random_codec
 from small_models import random_model
 
 import vampnet_jax as vampnet
-from vampnet_jax import cli
-from vampnet_jax.benchmarking import flops, measuring, report, settings, workload
+from vampnet_jax import cli, placement
+from vampnet_jax.benchmarking import ahead, flops, measuring, report, settings, workload
 from vampnet_jax.benchmarking.measuring import Measurement
 from vampnet_jax.benchmarking.memory import Peak
 from vampnet_jax.benchmarking.settings import Setting
+from vampnet_jax.training.pod_check import Chip
+from vampnet_jax.training.sharding import Layout
 
 STAGES = {"encode", "coarse", "fine", "decode", "everything", "first audio"}
 
@@ -152,12 +155,16 @@ def test_options_reach_the_models():
     assert setting.sampling("fine", default).steps == 2
 
 
-def test_the_published_sizes_are_measured_with_random_weights(monkeypatch):
-    """(With small stand-ins; the real ones take gigabytes.)"""
+@pytest.fixture
+def small_official(monkeypatch):
+    """Small stand-ins for the published sizes, which take gigabytes."""
     for name, published in settings.OFFICIAL.items():
         sizes = {"n_layers": 1, "n_heads": 2, "embedding_dim": 16, "vocab_size": 32}
         small = dataclasses.replace(published.config, **sizes)
         monkeypatch.setitem(settings.OFFICIAL, name, published._replace(config=small))
+
+
+def test_the_published_sizes_are_measured_with_random_weights(small_official):
     assert settings.frames(10.0) == 575
     assert settings.frames(3.0) == 173
     work = workload.Workload(Setting(config="fine", seconds=7.0, fine_steps=2, batch=2))
@@ -166,6 +173,28 @@ def test_the_published_sizes_are_measured_with_random_weights(monkeypatch):
     assert work._starts("fine") == [0, 130, 229]
     one_pass = flops.forward_flops(work.configs()["fine"], 173)
     assert work.flops() == {"fine": 2 * 3 * 2 * one_pass}
+
+
+def test_sampling_is_compiled_for_chips_that_are_not_here(small_official, monkeypatch, capsys):
+    """(The test's chips are simulated CPU devices, so that no TPU compiler is needed.)"""
+    chip = Chip(flops=1e12, memory=2**30, memory_rate=1e9, link_rate=1e9)
+    monkeypatch.setattr(ahead, "devices_of", lambda topology: (jax.devices(), chip))
+    console = Console(width=200)
+    setting = Setting(config="coarse", batch=4, steps=3, seconds=1.0)
+    assert ahead.check(setting, "v5e:1x2", console)
+    shown = capsys.readouterr().out
+    assert "4 windows of 72 frames, 3 steps" in shown  # 58 frames, in the next eighth of 575
+    assert "least time (roofline)" in shown
+    (work,) = ahead.works(setting)
+    layout = Layout(placement.mesh_of("data=2", work.config))
+    found = ahead.estimate(ahead.compile_work(work, layout), work, layout, chip)
+    n_parameters = sum(x.size for x in jax.tree.leaves(ahead.abstract_params(work.config)))
+    assert found.arguments >= 4 * n_parameters
+    assert found.flops == 2 * 3 * flops.forward_flops(work.config, 72)
+    logits = 4 * 2 * 72 * 4 * work.config.vocab_size
+    assert found.traffic == 3 * (4 * n_parameters + 2 * logits)
+    with pytest.raises(vampnet.InputError, match="multiple of 2"):
+        ahead.check(Setting(config="coarse", batch=3), "v5e:1x2", console)
 
 
 def test_flops_are_those_that_the_compiler_counts():

@@ -20,7 +20,7 @@ def model():
     return random_model(random_codec())
 
 
-def music(model, frames=51, batch=3):
+def music(model, frames=20, batch=3):
     shape = (batch, model.fine.config.n_codebooks, frames)
     tokens = jax.random.randint(jax.random.key(2), shape, 0, model.codec.codebook_size)
     return tokens, vampnet.masks.periodic(shape, 5)

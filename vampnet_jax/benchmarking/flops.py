@@ -46,7 +46,7 @@ class MatmulRate:
         self.n_pairs = min(4, config.n_layers)
         """Pairs of weights that take turns."""
         pair_flops = self.n_pairs * 2 * 2 * rows * width * 4 * width
-        work = WORK if jnp.zeros(()).device.platform == "cpu" else ACCELERATOR_WORK
+        work = WORK if next(iter(jnp.zeros(()).devices())).platform == "cpu" else ACCELERATOR_WORK
         self.times = max(1, round(work / pair_flops))
         """How often all pairs are gone through."""
         self.flops = self.times * pair_flops

@@ -168,7 +168,7 @@ class Workload:
         starts = self._starts(name)
         passes = [[s] for s in starts]
         if name == "fine":
-            passes = vamping.independent(starts, window)
+            passes = self._fine_passes()
         before = time.perf_counter()
         vamping.fill(stage, tokens, mask, keys, options, passes, window, lambda count: None)
         return time.perf_counter() - before
@@ -194,7 +194,9 @@ class Workload:
     def _rows(self, stage: str) -> int:
         """Windows that it reads at once, at most."""
         together = [1] if stage == "coarse" else map(len, self._fine_passes())
-        return min(max(together) * self.setting.batch, vamping.MAX_ROWS)
+        shards = placement.batch_shards(self._stages[stage].params)
+        rows = min(max(together) * self.setting.batch, vamping.MAX_ROWS * shards)
+        return rows + -rows % shards
 
     def _groups(self, stage: str) -> float:
         """How many batches of `_rows` windows the stage takes."""
