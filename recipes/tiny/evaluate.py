@@ -2,7 +2,8 @@
 
 Prints a Markdown table per topic, for the model card, and writes all figures as JSON. Mel distance
 is the sum over (window, mels) of (2048, 150) and (512, 80) of the mean |difference| of log10 mel
-magnitudes at 24 kHz, hop = window/4, clamped at 1e-5 (about that of VampNet, section 4).
+magnitudes at 24 kHz, hop = window/4, clamped at 1e-5 (about that of VampNet, section 4). Chroma
+correlation says whether the same notes sound: 1 is the same, 0 is chance.
 """
 
 import argparse
@@ -46,6 +47,21 @@ def mel_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(sum(np.abs(x - y).mean() for x, y in pairs))
 
 
+def chroma_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over frames (170 ms long) of the correlation of two clips' pitch-class profiles."""
+    n = min(len(a), len(b))
+    x, y = (
+        librosa.feature.chroma_stft(y=clip[:n], sr=SAMPLE_RATE, n_fft=4096, hop_length=1024)
+        for clip in (a, b)
+    )
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    norms = np.linalg.norm(x, axis=0) * np.linalg.norm(y, axis=0)
+    sounding = norms > 0
+    return (
+        float(((x * y).sum(axis=0)[sounding] / norms[sounding]).mean()) if sounding.any() else 0.0
+    )
+
+
 def clips(
     music: Path, names: list[str], index: dict, per_source: int, seconds: float
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -65,14 +81,17 @@ def clips(
             yield source, audio * min(gain, 1 / max(float(np.abs(audio).max()), 1e-4))
 
 
-def measure_codec(model: Model, audio: list[tuple[str, np.ndarray]]) -> dict[str, float]:
-    """Mel distance of reconstructions: all, and by source."""
-    distances: dict[str, list[float]] = {}
+def measure_codec(
+    model: Model, audio: list[tuple[str, np.ndarray]]
+) -> dict[str, tuple[float, float]]:
+    """Mel distance and chroma correlation of reconstructions: all, and by source."""
+    by_source: dict[str, list[tuple[float, float]]] = {"all": []}
     for source, clip in audio:
         decoded = np.asarray(model.codec.decode(model.codec.encode(clip[None])))[0]
-        distances.setdefault(source, []).append(mel_distance(clip, decoded))
-    means = {source: float(np.mean(values)) for source, values in distances.items()}
-    return {"all": float(np.mean([v for vs in distances.values() for v in vs])), **means}
+        values = mel_distance(clip, decoded), chroma_correlation(clip, decoded)
+        for name in ("all", source):
+            by_source.setdefault(name, []).append(values)
+    return {name: tuple(np.mean(values, axis=0).tolist()) for name, values in by_source.items()}
 
 
 def perplexities(frequencies: np.ndarray) -> list[float]:
@@ -111,9 +130,9 @@ def measure_stage(
 
 def measure_variations(
     model: Model, audio: list[tuple[str, np.ndarray]], seed: int
-) -> dict[str, float]:
-    """Mean mel distance to the input of variations by preset, and of random tokens."""
-    distances: dict[str, list[float]] = {}
+) -> dict[str, tuple[float, float]]:
+    """Mel distance and chroma correlation with the input: variations by preset, random tokens."""
+    measured: dict[str, list[tuple[float, float]]] = {}
     codec = model.codec
     for number, (_, clip) in enumerate(audio):
         tokens = codec.encode(clip[None])
@@ -127,8 +146,9 @@ def measure_variations(
         made["random tokens"] = rng.integers(0, codec.codebook_size, tokens.shape, np.int32)
         for name, new in made.items():
             decoded = np.asarray(codec.decode(new))[0]
-            distances.setdefault(name, []).append(mel_distance(clip, decoded))
-    return {name: float(np.mean(values)) for name, values in distances.items()}
+            values = mel_distance(clip, decoded), chroma_correlation(clip, decoded)
+            measured.setdefault(name, []).append(values)
+    return {name: tuple(np.mean(values, axis=0).tolist()) for name, values in measured.items()}
 
 
 def main() -> None:
@@ -156,9 +176,9 @@ def main() -> None:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
     audio = list(clips(a.music, names, index, a.clips, 10.0))
     result: dict = {"codec": measure_codec(model, audio)}
-    print("\n| source | mel distance of the codec |\n|---|---|")
-    for source, value in result["codec"].items():
-        print(f"| {source} | {value:.3f} |")
+    print("\n| codec alone | mel distance | chroma correlation |\n|---|---|---|")
+    for source, (distance, chroma) in result["codec"].items():
+        print(f"| {source} | {distance:.3f} | {chroma:.2f} |")
     test = TrackReader(a.tokens, manifest, choose_tracks(manifest, "test"))
     counts = count_codes(test)
     result["perplexity"] = perplexities(counts)
@@ -181,9 +201,9 @@ def main() -> None:
         print(f"accuracies: {accuracies}")
     varied = [clip for i, clip in enumerate(audio) if i % a.clips < a.varied]
     result["variations"] = measure_variations(model, varied, a.seed)
-    print("\n| | mel distance to the input |\n|---|---|")
-    for name, value in result["variations"].items():
-        print(f"| {name} | {value:.3f} |")
+    print("\n| | mel distance to the input | chroma correlation |\n|---|---|---|")
+    for name, (distance, chroma) in result["variations"].items():
+        print(f"| {name} | {distance:.3f} | {chroma:.2f} |")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(result, indent=1) + "\n")
 

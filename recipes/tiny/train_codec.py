@@ -1,9 +1,11 @@
-"""Train tiny's codec: a small descript-audio-codec DAC at 24 kHz, 50 frames/s, 8 codebooks.
+"""Train tiny's codec: a small descript-audio-codec DAC at 24 kHz, 25 frames/s, 16 codebooks.
 
 Losses: waveform error, and multi-scale mel distance and commitment as in "High-Fidelity Audio
-Compression with Improved RVQGAN" (Kumar et al., 2023), without its discriminators; the codes
-are running means of encoder outputs. Codes that fall out of use are re-seeded, without which
-most stay unused.
+Compression with Improved RVQGAN" (Kumar et al., 2023), without its discriminators. The first
+two codebooks alone must also tell the spectrogram, without phase: what sounds alike then has
+the same first tokens, which a language model can learn (Moshi's codec does so with a speech
+model's features; Défossez et al., 2024). The codes are running means of encoder outputs; those that
+fall out of use are re-seeded, without which most stay unused.
 
 Progress, learning rate and the end follow --steps or --minutes of training time (summed over
 resumed runs), whichever comes first. Run again with the same --out to resume. Finished, it
@@ -16,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,19 +35,21 @@ from codec_bridge.descript import import_dac
 SAMPLE_RATE = 24_000
 CONFIG = {
     "encoder_dim": 16,
-    "encoder_rates": [2, 4, 6, 10],
+    "encoder_rates": [4, 4, 6, 10],
     "latent_dim": 192,
-    "decoder_dim": 384,
-    "decoder_rates": [10, 6, 4, 2],
-    "n_codebooks": 8,
+    "decoder_dim": 448,
+    "decoder_rates": [10, 6, 4, 4],
+    "n_codebooks": 16,
     "codebook_size": 1024,
     "codebook_dim": 8,
-    "quantizer_dropout": 0.5,
+    "quantizer_dropout": 0.0,  # ours is in `quantise`
     "sample_rate": SAMPLE_RATE,
 }
 SCALES = [(64, 10), (128, 20), (256, 40), (512, 80), (1024, 150), (2048, 320)]  # window, mels
 WAVE = 5.0  # weight of the waveform error: for long, mel distance alone gives noise without pitch
-COMMITMENT = 0.05  # weight of the commitment loss beside the mel distance
+COMMITMENT = 0.025  # weight of the commitment loss beside the mel distance
+SPECTRAL = 2  # how many codebooks tell the spectrogram by themselves
+SPECTRUM = 2.0  # weight of its error
 
 
 class Snake(torch.autograd.Function):
@@ -101,34 +106,35 @@ class Excerpts:
         return torch.from_numpy(out)[:, None]
 
 
+class MelSpectrogram(nn.Module):
+    """log10 mel magnitudes [B, mels, columns] of audio [B, samples]."""
+
+    def __init__(self, window: int, mels: int, hop: int):
+        super().__init__()
+        self.sizes = window, hop
+        filters = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=window, n_mels=mels)
+        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.stft(
+            audio, *self.sizes, window=self.window, pad_mode="constant", return_complex=True
+        )
+        power = torch.view_as_real(spectrum).square().sum(-1)
+        return (self.filters @ (power + 1e-12).sqrt()).clamp(min=1e-5).log10()
+
+
 class MelDistance(nn.Module):
     """Sum over scales of the mean |difference| of log10 mel magnitudes (hop = window/4)."""
 
     def __init__(self, scales: list[tuple[int, int]]):
         super().__init__()
-        self.scales = scales
-        for window, mels in scales:
-            filters = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=window, n_mels=mels)
-            self.register_buffer(f"filters_{window}", torch.from_numpy(filters))
-            self.register_buffer(f"window_{window}", torch.hann_window(window))
+        self.spectrograms = nn.ModuleList(MelSpectrogram(w, m, w // 4) for w, m in scales)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        total = x.new_zeros(())
         both = torch.cat([x, y]).squeeze(1)
-        for window, _ in self.scales:
-            spectrum = torch.stft(
-                both,
-                window,
-                window // 4,
-                window=getattr(self, f"window_{window}"),
-                pad_mode="constant",
-                return_complex=True,
-            )
-            power = torch.view_as_real(spectrum).square().sum(-1)
-            mel = getattr(self, f"filters_{window}") @ (power + 1e-12).sqrt()
-            a, b = mel.clamp(min=1e-5).log10().chunk(2)
-            total = total + (a - b).abs().mean()
-        return total
+        pairs = (spectrogram(both).chunk(2) for spectrogram in self.spectrograms)
+        return sum((a - b).abs().mean() for a, b in pairs)
 
 
 @torch.no_grad()
@@ -192,7 +198,7 @@ class Codebooks:
     Dead codes are re-seeded from recent encoder outputs.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.98):
+    def __init__(self, model: nn.Module, decay: float = 0.995):
         self.codes = [q.codebook.weight.requires_grad_(False) for q in model.quantizer.quantizers]
         self.uses = torch.zeros(len(self.codes), len(self.codes[0]))  # running mean per step
         self.sums = torch.zeros(len(self.codes), *self.codes[0].shape)
@@ -232,42 +238,84 @@ class Codebooks:
         return torch.exp(-(p * (p + 1e-10).log()).sum(1))
 
 
-def forward(model: nn.Module, audio: torch.Tensor, bfloat16: bool):
-    """One pass with the quantiser in float32 → audio, codes, latents, commitment, codebook."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        z = model.encoder(audio)
-    z, codes, latents, commitment, codebook = model.quantizer(z.float())
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        out = model.decoder(z)
-    return out.float(), codes, latents, commitment, codebook
+class Trained(nn.Module):
+    """The codec and what reads the spectrogram off its first codebooks (not kept)."""
+
+    def __init__(self, dac: nn.Module):
+        super().__init__()
+        width, hop = CONFIG["latent_dim"], math.prod(CONFIG["encoder_rates"])
+        self.dac = dac
+        self.target = MelSpectrogram(2048, 160, hop // 2)
+        self.head = nn.Sequential(
+            nn.Conv1d(width, 256, 3, padding=1), nn.GELU(), nn.Conv1d(256, 2 * 160, 1)
+        )
+
+    def spectrum_error(self, quantised: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+        """Mean |difference| of log10 mel magnitudes, two columns per frame."""
+        target = self.target(audio.squeeze(1))[..., :-1]  # [B, mels, 2T]
+        guess = self.head(quantised).unflatten(1, (160, 2))  # [B, mels, 2, T]
+        return (guess - target.unflatten(2, (-1, 2)).transpose(2, 3)).abs().mean()
 
 
-def backward(model: nn.Module, audio: torch.Tensor, loss_of: MelDistance, bfloat16: bool):
-    """Set the gradients of one part of the batch → codes, latents, mel distance, commitment."""
+def quantise(dac: nn.Module, z: torch.Tensor, keep: torch.Tensor):
+    """Quantise z [B, D, T] with the first keep[b] codebooks → sum, sum of the first, codes, …"""
+    rest, total, spectral = z, torch.zeros_like(z), z
+    codes, latents, commitment = [], [], z.new_zeros(())
+    for i, quantizer in enumerate(dac.quantizer.quantizers):
+        step, commit, _, tokens, latent = quantizer(rest)
+        kept = (keep > i).to(z.dtype)
+        total = total + step * kept[:, None, None]
+        rest = rest - step
+        commitment = commitment + (commit * kept).mean()
+        codes.append(tokens)
+        latents.append(latent)
+        if i + 1 == SPECTRAL:
+            spectral = total
+    return total, spectral, torch.stack(codes, 1), torch.cat(latents, 1), commitment
+
+
+def forward(dac: nn.Module, audio: torch.Tensor, keep: torch.Tensor, bfloat16: bool):
+    """One pass, the quantiser in float32 → audio and what `quantise` gives."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        z = dac.encoder(audio)
+    quantised = quantise(dac, z.float(), keep)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = dac.decoder(quantised[0])
+    return out.float(), quantised
+
+
+def backward(model: Trained, audio: torch.Tensor, loss_of: nn.Module, bfloat16: bool):
+    """Set the gradients of one part of the batch → codes, latents, and the losses by name."""
     torch.set_num_threads(1)
     model.zero_grad(set_to_none=True)
-    out, codes, latents, commitment, _ = forward(model, audio, bfloat16)
-    mel = loss_of(out, audio)
-    wave = wave_error(out, audio)
-    (mel + WAVE * wave + COMMITMENT * commitment).backward()
-    return codes, latents.detach(), mel.item(), wave.item(), commitment.item()
+    n = CONFIG["n_codebooks"]
+    keep = torch.where(torch.rand(len(audio)) < 0.25, torch.randint(SPECTRAL, n, (len(audio),)), n)
+    out, (_, spectral, codes, latents, commitment) = forward(model.dac, audio, keep, bfloat16)
+    losses = {
+        "mel": loss_of(out, audio),
+        "wave": (wave_error(out, audio) * keep / n).mean(),
+        "spectrum": model.spectrum_error(spectral, audio),
+        "commit": commitment,
+    }
+    weights = {"mel": 1.0, "wave": WAVE, "spectrum": SPECTRUM, "commit": COMMITMENT}
+    sum(weights[k] * v for k, v in losses.items()).backward()
+    return codes, latents.detach(), {k: v.item() for k, v in losses.items()}
 
 
 def wave_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Energy of the error over that of `y`, treble lifted; 1 is what silence gets."""
+    """[B] energy of the error over that of `y`, treble lifted; 1 is what silence gets."""
     x, y = (a[..., 1:] - 0.8 * a[..., :-1] for a in (x, y))
-    return ((x - y).square().mean((1, 2)) / (y.square().mean((1, 2)) + 1e-6)).mean()
+    return (x - y).square().mean((1, 2)) / (y.square().mean((1, 2)) + 1e-6)
 
 
 @torch.no_grad()
-def validate(model: nn.Module, ema: dict, excerpts: torch.Tensor, distance: MelDistance) -> float:
+def validate(dac: nn.Module, ema: dict, excerpts: torch.Tensor, distance: MelDistance) -> float:
     """Mel distance of the averaged weights on fixed excerpts, in float32."""
-    kept = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(ema)
-    model.eval()
-    values = [distance(x, forward(model, x, False)[0]).item() for x in excerpts.split(1)]
-    model.train()
-    model.load_state_dict(kept)
+    kept = {k: v.clone() for k, v in dac.state_dict().items()}
+    dac.load_state_dict(ema)
+    every = torch.full((1,), CONFIG["n_codebooks"])
+    values = [distance(x, forward(dac, x, every, False)[0]).item() for x in excerpts.split(1)]
+    dac.load_state_dict(kept)
     return sum(values) / len(values)
 
 
@@ -295,7 +343,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2, help="threads; divides the batch")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of an excerpt")
+    parser.add_argument("--seconds", type=float, default=0.64, help="length of an excerpt")
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
     parser.add_argument("--clip", type=float, default=20.0, help="largest gradient norm")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
@@ -314,15 +362,15 @@ def main() -> None:
     dac = import_dac()
     sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
     torch.manual_seed(a.seed)
-    model = dac.DAC(**CONFIG).train()
-    scale_layers(model, train.draw(np.random.default_rng(0), 48, 12_000, 4.0))
-    books = Codebooks(model)
+    model = Trained(dac.DAC(**CONFIG))
+    scale_layers(model.dac, train.draw(np.random.default_rng(0), 96, 15_360, 4.0))
+    books = Codebooks(model.dac)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.learning_rate, betas=(0.8, 0.99), weight_decay=0.01)
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    ema = {k: v.clone() for k, v in model.dac.state_dict().items()}
     # Threads that each run whole layers on their part of the batch: on a machine shared with
     # others this loses far less than splitting every operation between the cores.
-    replicas = [model, *(dac.DAC(**CONFIG).train() for _ in range(a.workers - 1))]
+    replicas = [model, *(Trained(dac.DAC(**CONFIG)) for _ in range(a.workers - 1))]
     pool = ThreadPoolExecutor(a.workers)
     loss_of, distance = MelDistance(SCALES), MelDistance([(2048, 150), (512, 80)])
     step, spent = 0, 0.0
@@ -338,7 +386,7 @@ def main() -> None:
         for parameter, own in zip(replica.parameters(), model.parameters(), strict=True):
             parameter.data = own.data
             parameter.requires_grad_(own.requires_grad)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.dac.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {len(train.names)} training tracks", flush=True)
 
     def progress() -> float:
@@ -356,8 +404,8 @@ def main() -> None:
         save(checkpoint, state)
 
     saved = validated = spent
-    sums = np.zeros(6)
-    samples = int(a.seconds * SAMPLE_RATE) // 480 * 480
+    sums: Counter[str] = Counter()
+    samples = int(a.seconds * SAMPLE_RATE) // 960 * 960
     while progress() < 1:
         started = time.monotonic()
         rng = np.random.default_rng((a.seed, step))
@@ -370,7 +418,6 @@ def main() -> None:
             pool.map(lambda m, x: backward(m, x, loss_of, not a.float32), replicas, audio)
         )
         codes, latents = (torch.cat([r[i] for r in results]) for i in (0, 1))
-        mel, wave, commitment = (float(np.mean([r[i] for r in results])) for i in (2, 3, 4))
         for parameter, *others in zip(*(m.parameters() for m in replicas), strict=True):
             if not parameter.requires_grad:
                 continue
@@ -382,33 +429,35 @@ def main() -> None:
             optimizer.step()
         decay = min(0.998, (1 + step) / (20 + step))
         with torch.no_grad():
-            for key, value in model.state_dict().items():
+            for key, value in model.dac.state_dict().items():
                 ema[key].lerp_(value, 1 - decay)
         books.update(codes, latents)
         if (step == 9 or step % 25 == 24) and progress() < 0.7:
-            sums[5] += books.reseed(torch.Generator().manual_seed(step))
-        sums[:5] += [mel, commitment, float(norm), 1, wave]
+            sums["reseeded"] += books.reseed(torch.Generator().manual_seed(step))
+        sums["norm"] += float(norm) / 50
+        for _, _, losses in results:
+            for name, value in losses.items():
+                sums[name] += value / len(results) / 50
         step += 1
         spent += time.monotonic() - started
         if step % 50 == 0:
-            n = sums[3]
+            means = " ".join(f"{name} {sums[name]:.3f}" for name in sorted(sums))
             perplexity = " ".join(f"{p:.0f}" for p in books.perplexity())
-            means = f"mel {sums[0] / n:.4f} wave {sums[4] / n:.3f}"
-            means += f" commit {sums[1] / n:.3f} norm {sums[2] / n:.2f}"
-            rest = f"reseeded {sums[5]:.0f} lr {rate:.1e} perplexity {perplexity}"
+            rest = f"lr {rate:.1e} perplexity {perplexity}"
             print(f"step {step} minute {spent / 60:.1f} {means} {rest}", flush=True)
-            sums[:] = 0
+            sums.clear()
         if spent - saved > 60 * a.save_every:
             checkpoint_now()
             saved = spent
         if spent - validated > 60 * a.validate_every:
-            value = validate(model, ema, held, distance)
+            value = validate(model.dac, ema, held, distance)
             print(f"step {step} validation mel distance {value:.4f}", flush=True)
             validated = spent
     checkpoint_now()
     export(ema, a.out)
     print(
-        f"finished: validation mel distance {validate(model, ema, held, distance):.4f}", flush=True
+        f"finished: validation mel distance {validate(model.dac, ema, held, distance):.4f}",
+        flush=True,
     )
 
 
