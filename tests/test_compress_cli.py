@@ -33,6 +33,7 @@ def status(*argv) -> int:
     return int(caught.value.code or 0)
 
 
+@pytest.mark.slow
 def test_all_tokens_come_back_and_a_bitrate_is_kept(model, clip, tmp_path, capsys):
     small, back, sound = tmp_path / "a.vnt", tmp_path / "a.npz", tmp_path / "a.wav"
     assert status("compress", clip, small, "--model", model, "--stereo") == 0

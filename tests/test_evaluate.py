@@ -10,6 +10,7 @@ from small_codecs import random_codec
 from small_models import random_model
 
 from codec_bridge.errors import InputError
+from vampnet_jax import cli
 from vampnet_jax.compression.compressor import Compressor
 from vampnet_jax.compression.container import HEADER_BYTES
 from vampnet_jax.evaluation.conditions import (
@@ -61,6 +62,7 @@ def test_excerpts_are_spread_evenly_and_never_leave_a_file(music):
         choose_excerpts(music / "0.wav", 2, 1.0)
 
 
+@pytest.mark.slow
 def test_an_evaluation_gives_all_figures_and_the_same_again_after_an_interruption(music, tmp_path):
     compressor = Compressor(random_model(random_codec()))
     out = tmp_path / "evaluation"
@@ -153,3 +155,27 @@ def test_bad_experiments_are_named(tmp_path, text, problem):
     with pytest.raises(InputError) as error:
         read_experiments(path)
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["MUSIC/0.wav"], "0.wav is not a folder of recordings"),
+        (["MUSIC", "--excerpts", "1"], "--excerpts is 1"),
+        (["MUSIC", "--seconds", "0.1"], "--seconds is 0.1"),
+        (["MUSIC", "--seed", "-1"], "--seed is -1"),
+        (["MUSIC", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["MUSIC", "--model", "nowhere"], "there is no model 'nowhere'"),
+    ],
+)
+def test_bad_options_are_one_sentence_and_nothing_is_written(
+    music, tmp_path, words, problem, capsys
+):
+    argv = [word.replace("MUSIC", str(music)) for word in words]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["evaluate", *argv, "-o", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

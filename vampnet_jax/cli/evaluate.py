@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(options, name)
         if not least <= value < 2**32:
             raise InputError(f"--{name} is {value:g}; it must be at least {least}.")
+    if not options.audio.is_dir():
+        raise InputError(f"{options.audio} is not a folder of recordings.")
     require_constriction()
     from vampnet_jax import devices
     from vampnet_jax.cli.progress import StageBars

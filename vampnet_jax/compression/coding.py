@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vampnet_jax.compression.prediction import Predictor, scramble
+from vampnet_jax.compression.prediction import LEAST_BITS, Predictor, scramble
 from vampnet_jax.compression.range_coding import Coder
 from vampnet_jax.vamping import window_starts
 
@@ -64,6 +64,16 @@ def code_tokens(
         values = coder.code(tokens[:, codebook, chosen].reshape(-1), table[codebook])
         made[:, codebook, chosen] = values.reshape(len(tokens), len(chosen))
     return made
+
+
+def least_bits(
+    channels: int, keep: np.ndarray, table: np.ndarray, predictor: Predictor | None = None
+) -> float:
+    """What the kept tokens cost at least, whichever they are; arguments as for `code_tokens`."""
+    n_predicted = 0 if predictor is None else predicted_codebooks(predictor, keep)
+    likeliest = np.log2(table.sum(axis=1) / table.max(axis=1))
+    likeliest[:n_predicted] = LEAST_BITS
+    return channels * float(keep.sum(axis=1) @ likeliest)
 
 
 def predicted_codebooks(predictor: Predictor, keep: np.ndarray) -> int:

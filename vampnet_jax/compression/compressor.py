@@ -139,8 +139,10 @@ class Compressor:
                 "that rounds otherwise than this one; decompress it there, or compress it again "
                 "without --with-model."
             )
-        empty = np.zeros((header.channels, *shape), np.int32)
-        tokens = coding.code_tokens(decoder, empty, keep, self.table[: len(keep)], predictor)
+        table = self.table[: len(keep)]
+        decoder.expect(coding.least_bits(header.channels, keep, table, predictor))
+        unknown = np.broadcast_to(np.int32(0), (header.channels, *shape))
+        tokens = coding.code_tokens(decoder, unknown, keep, table, predictor)
         if _crc(tokens) != header.tokens_crc:
             raise InputError("it is damaged: its tokens do not come out as they went in.")
         return Compressed(header, tokens, keep)

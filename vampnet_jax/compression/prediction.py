@@ -8,6 +8,7 @@ round differently, which `Predictor.fingerprint` finds out before anything is de
 import dataclasses
 import functools
 import hashlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ SCALE = 2**22
 UNIFORM_SHARE = 1 / 64
 """Every token keeps this share of the uniform distribution: nothing is ruled out, and a symbol
 costs 0.02 bits at least, which bounds what a short file can claim to hold."""
+LEAST_BITS = -math.log2(1 - UNIFORM_SHARE / 2)
+"""No symbol costs less: of two codes or more, the others have half of the uniform share at least."""
 
 
 class Predictor:

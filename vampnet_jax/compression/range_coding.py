@@ -73,10 +73,15 @@ class Decoder:
             raise InputError("it is damaged: its payload cannot be decoded.") from error
 
     def claim(self, n: int, frequencies: np.ndarray) -> None:
-        """Raise InputError if n symbols cannot be in what is left, however likely they are."""
+        """Take off what n symbols cost at least, however likely they are."""
         likeliest = frequencies.max(axis=-1) / frequencies.sum(axis=-1)
-        self._bits_left -= float(-np.log2(likeliest).sum()) * (1 if frequencies.ndim > 1 else n)
-        if self._bits_left < 0:
+        bits = float(-np.log2(likeliest).sum()) * (1 if frequencies.ndim > 1 else n)
+        self.expect(bits)
+        self._bits_left -= bits
+
+    def expect(self, bits: float) -> None:
+        """Raise InputError if so much cannot be in what is left."""
+        if bits > self._bits_left:
             raise InputError("it says that it has more tokens than its size can hold.")
 
 

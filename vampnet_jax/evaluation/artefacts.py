@@ -29,7 +29,7 @@ def clicks(audio: np.ndarray, rate: int, factor: float = CLICK_FACTOR) -> np.nda
     above = np.flatnonzero(bend[: n * half] > limit)
     for sample in above:
         if not found or sample - found[-1] > half:
-            found.append(sample)
+            found.append(int(sample))
     return (np.array(found, float) + 1) / rate
 
 
