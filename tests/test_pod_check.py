@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
 SMALL = ["--n-layers=1", "--n-heads=2", "--embedding-dim=16", "--batch-size=4"]
 
 HLO = """
-HloModule step, entry_computation_layout={()->f32[]}
+HloModule step, entry_computation_layout={()->f32[]}, num_partitions=8
 
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %sum = f32[] add(%a, %b)
@@ -45,7 +45,8 @@ ENTRY %main (p: f32[8,16]) -> f32[] {
   %loop = (s32[], f32[8,16]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"20"}}
   %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
   %done = f32[32]{0} all-gather-done(%start)
-  ROOT %loss = f32[100]{0} all-reduce(%y), replica_groups=[1,8]<=[8], to_apply=%add
+  %named = s8[40]{0} all-to-all(%z), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, dimensions={0}
+  ROOT %loss = f32[100]{0} all-reduce(%y), replica_groups={}, to_apply=%add
 }
 """  # noqa: E501
 
@@ -57,6 +58,7 @@ def test_collectives_are_counted_with_their_loops_and_sizes():
         Collective("all-gather", 21, gathered, gathered * 7 / 8),
         Collective("all-reduce", 1, 400, 2 * 400 * 7 / 8),
         Collective("reduce-scatter", 20, scattered, scattered * 3 / 4),
+        Collective("all-to-all", 1, 40, 40 * 3 / 4),
     ]
 
 

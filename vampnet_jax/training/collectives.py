@@ -19,7 +19,10 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
-_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
+_PARTITIONS = re.compile(r"num_partitions=(\d+)")
 
 
 class Collective(NamedTuple):
@@ -44,7 +47,8 @@ def collectives(hlo: str) -> list[Collective]:
     """
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     found: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
-    entry = ""
+    entry, partitions = "", _PARTITIONS.search(hlo)
+    n_devices = int(partitions[1]) if partitions else 1
     for name, is_entry, result, operation, rest in _instructions(hlo):
         entry = name if is_entry else entry
         trips = _TRIPS.search(rest)
@@ -53,7 +57,7 @@ def collectives(hlo: str) -> list[Collective]:
                 calls[name].append((called, int(trips[1]) if trips else 1))
         kind = operation.removesuffix("-start")
         if kind in KINDS:
-            size, n = _size(result, operation), _group_size(rest)
+            size, n = _size(result, operation), _group_size(rest, n_devices)
             if kind == "reduce-scatter":
                 size *= n  # the result is a device's part; what is reduced is n times as large
             share = 1.0 if kind == "collective-permute" else (n - 1) / n
@@ -108,8 +112,11 @@ def _size(result: str, operation: str) -> float:
     return sum(sizes)
 
 
-def _group_size(rest: str) -> int:
-    groups, listed = _GROUPS.search(rest), _LISTED.search(rest)
+def _group_size(rest: str, n_devices: int) -> int:
+    groups, listed, mesh = _GROUPS.search(rest), _LISTED.search(rest), _MESH.search(rest)
     if groups:
         return int(groups[2])
-    return len(listed[1].split(",")) if listed and listed[1] else 1
+    if mesh:  # named axes, of which one may be taken in part: 'a':(start)size
+        sizes = {name: int(size) for name, size, _ in _AXIS.findall(mesh[1])}
+        return math.prod(int(part or sizes[name]) for name, _, part in _AXIS.findall(mesh[2]))
+    return len(listed[1].split(",")) if listed else n_devices  # no groups: all take part
