@@ -236,7 +236,12 @@ def _compile_ahead(options: Options, settings: "list[Setting]") -> int:
     """Compile for a TPU topology and print what it takes."""
     from rich.console import Console
 
-    from vampnet_jax.benchmarking import ahead
+    try:
+        from vampnet_jax.benchmarking import ahead
+    except ImportError as error:
+        raise InputError(
+            f"--topology needs the package {error.name}; install vampnet-jax[train,tpu]."
+        ) from error
 
     assert options.topology is not None
     for name in ("repeats", "output"):
