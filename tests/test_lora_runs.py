@@ -158,5 +158,5 @@ def test_a_model_that_changed_since_is_refused(folder, tmp_path):
         load_run(moved)
     config["adapted"]["source"] = str(tmp_path / "gone")
     (moved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="cannot be loaded: there is no model"):
         load_run(moved)
