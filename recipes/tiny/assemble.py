@@ -16,9 +16,14 @@ import soundfile
 
 import codec_bridge
 from codec_bridge.atomic import atomic_write
+from vampnet_jax.compression.frequencies import FREQUENCIES
 from vampnet_jax.release import Model, Stage, load, save
+from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.training.checkpoints import load_run, read_run
 
+# As choose_sampling.py measured on the validation split.
+COARSE_SAMPLING = SamplingOptions(steps=24, typical_mass=None, top_p=0.4)
+FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, top_p=0.4)
 FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")
 
 
@@ -56,6 +61,8 @@ def main() -> None:
         codec=codec,
         coarse_window=round(read_run(a.coarse)[0].window_seconds * codec.frame_rate),
         fine_window=round(read_run(a.fine)[0].window_seconds * codec.frame_rate),
+        coarse_sampling=COARSE_SAMPLING,
+        fine_sampling=FINE_SAMPLING,
         name=a.name,
     )
     a.out.mkdir(parents=True, exist_ok=True)
@@ -63,6 +70,7 @@ def main() -> None:
         save(model, Path(folder) / "model", dtype="bfloat16")
         for name in FILES:
             (Path(folder) / "model" / name).replace(a.out / name)
+    (a.out / FREQUENCIES).unlink(missing_ok=True)  # those of another codec; token_frequencies.py
     model = load(a.out)
     cut_example(a.music / f"{a.example}.wav", a.out / "example.flac")
     total = sum(file.stat().st_size for file in a.out.iterdir())

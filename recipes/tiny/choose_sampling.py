@@ -1,0 +1,81 @@
+"""Try ways of sampling on the validation split: which keep closest to the notes of the input?
+
+For every way, medium variations of a few clips per source: mel distance to the input, chroma
+correlation with it, and the change of level in dB (before the loudness is restored). What is best
+goes into the model's config.json by `assemble.py`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from evaluate import chroma_correlation, clips, mel_distance
+
+import vampnet_jax as vampnet
+from vampnet_jax.prompts import preset
+from vampnet_jax.sampling import SamplingOptions
+
+OFF = {"typical_mass": None}
+WAYS: dict[str, tuple[dict, dict]] = {
+    "original": ({}, {}),
+    "no filter": (OFF, OFF),
+    "temperature 0.8": (OFF | {"temperature": 0.8}, OFF | {"temperature": 0.8}),
+    "temperature 0.6": (OFF | {"temperature": 0.6}, OFF | {"temperature": 0.6}),
+    "top-p 0.7": (OFF | {"top_p": 0.7}, OFF | {"top_p": 0.7}),
+    "top-p 0.4": (OFF | {"top_p": 0.4}, OFF | {"top_p": 0.4}),
+    "top-k 32": (OFF | {"top_k": 32}, OFF | {"top_k": 32}),
+    "top-p 0.4, surer first": (
+        OFF | {"top_p": 0.4, "mask_temperature": 3.0},
+        OFF | {"top_p": 0.4, "mask_temperature": 3.0},
+    ),
+    "top-p 0.4, fine likeliest": (OFF | {"top_p": 0.4}, OFF | {"sample_cutoff": 0.0}),
+    "likeliest": (
+        OFF | {"sample_cutoff": 0.0, "mask_temperature": 3.0},
+        OFF | {"sample_cutoff": 0.0},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="name or directory")
+    parser.add_argument("--music", type=Path, default=Path("data/music"))
+    parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
+    parser.add_argument("--clips", type=int, default=1, help="10 s clips per source")
+    parser.add_argument("--preset", default="medium-variation")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    index = json.loads((a.music / "index.json").read_text())
+    names = [name for name in json.loads(a.split.read_text())["validation"] if name in index]
+    audio = [clip for _, clip in clips(a.music, names, index, a.clips, 10.0)]
+    model = vampnet.load(a.model)
+    codec = model.codec
+    tokens = [codec.encode(clip[None]) for clip in audio]
+    frame_rate = codec.sample_rate / codec.hop_length
+    print("| | mel distance | chroma correlation | level, dB |\n|---|---|---|---|")
+    for way in a.ways:
+        coarse, fine = WAYS[way]
+        rows = []
+        for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
+            key = jax.random.fold_in(jax.random.key(a.seed), number)
+            mask = preset(a.preset).mask(known.shape, key, frame_rate=frame_rate)
+            made = vampnet.vamp(
+                model, known, mask, key,
+                SamplingOptions(**{"steps": a.steps, **coarse}),
+                SamplingOptions(**{"steps": 2, **fine}),
+            )  # fmt: skip
+            new = np.asarray(codec.decode(made))[0][: len(clip)]
+            level = 10 * np.log10(np.square(new).mean() / np.square(clip).mean())
+            rows.append((mel_distance(clip, new), chroma_correlation(clip, new), level))
+        means = np.mean(rows, axis=0)
+        print(f"| {way} | {means[0]:.3f} | {means[1]:.3f} | {means[2]:+.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
