@@ -259,3 +259,26 @@ def test_other_files_are_told_apart():
         container.unpack(b"RIFF" + bytes(60))
     with pytest.raises(InputError, match="has format 9"):
         container.unpack(b"VNT\x09" + bytes(60))
+
+
+def test_the_bytes_are_those_that_the_documentation_lists():
+    """Files must stay readable: neither the layout nor the coder's arithmetic may change."""
+    header = container.Header(
+        container.Probabilities.TABLE, 2, 4, 3, b"codec", b"weights", b"math", 0xA1B2C3D4,
+        0x01020304, 0x0A0B0C, -1.25, float("nan"), 0x55667788,
+    )  # fmt: skip
+    data = container.pack(header, bytes(100_000))
+    assert data[:8] == b"VNT\x01\x01\x02\x04\x03"
+    assert data[8:24] == b"codecweightsmath"
+    assert data[24:32] == bytes.fromhex("d4c3b2a1 04030201")
+    assert data[32:39] == bytes.fromhex("0c0b0a 83ff 0080")
+    assert data[39:43] == bytes.fromhex("88776655")
+    assert data[43:47] == zlib.crc32(data[47:], zlib.crc32(data[:43])).to_bytes(4, "little")
+    read, payload = container.unpack(data)
+    assert dataclasses.replace(read, loudness=0.0) == dataclasses.replace(header, loudness=0.0)
+    assert len(payload) == 100_000
+
+    encoder = Encoder()
+    encoder.code(np.array([0, 4, 4, 3, 2, 4, 1, 0]), np.array([1, 2, 3, 4, 90]))
+    encoder.code(np.array([3, 1]), np.array([[5, 1, 1, 9], [1, 1, 1, 1]]))
+    assert encoder.payload().hex() == "009d1395"

@@ -21,7 +21,9 @@ _SHARES = 256
 def grid(n_codebooks: int, n_frames: int, period: int) -> np.ndarray:
     """Keep every `period`-th frame: bool `[n_codebooks, T]`, True = keep."""
     # In numpy: JAX would compile a program for every length that a file may claim.
-    return np.broadcast_to(np.arange(n_frames) % period == 0, (n_codebooks, n_frames))
+    frames = np.zeros(n_frames, bool)
+    frames[::period] = True
+    return np.broadcast_to(frames, (n_codebooks, n_frames))
 
 
 def code_mask(coder: Coder, keep: np.ndarray) -> np.ndarray:

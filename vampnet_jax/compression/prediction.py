@@ -23,7 +23,7 @@ UNIFORM_SHARE = 1 / 64
 """Every token keeps this share of the uniform distribution: nothing is ruled out, and a symbol
 costs 0.02 bits at least, which bounds what a short file can claim to hold."""
 LEAST_BITS = -math.log2(1 - UNIFORM_SHARE / 2)
-"""No symbol costs less: of two codes or more, the others have half of the uniform share at least."""
+"""No symbol costs less: of two codes or more, the others have half of that share at least."""
 
 
 class Predictor:
