@@ -73,7 +73,7 @@ def import_model(
             adapters[stage] = (checkpoint.adapters, checkpoint.lora_config)
     if card is None:
         card = _card(name if name != "unnamed" else directory.name, coarse, fine, Path(codec_path))
-    model = release.Model(*stages, codec, *windows, name=name, card=card)
+    model = release.Model(stages[0], stages[1], codec, windows[0], windows[1], name=name, card=card)
     release.save(model, directory, dtype=dtype, overwrite=overwrite, adapters=adapters)
 
 
