@@ -119,7 +119,8 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        absl.logging.set_verbosity(absl.logging.ERROR)  # a warning for each save without a loss
+        # A warning for each save without a loss; tracebacks of errors that are raised here as well.
+        absl.logging.set_verbosity(absl.logging.FATAL)
         self._run = run
         self._folder = (run / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)

@@ -81,13 +81,15 @@ def writing(run: Path) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        advice = "the last complete checkpoint stays; then run the same command again"
+        kept = "the last complete checkpoint stays"
         if no_space(error):
             raise InputError(
-                f"The disk of {run} is full ({_free(run)}); make room: {advice}."
+                f"The disk of {run} is full ({_free(run)}); {kept}: make room and run the same "
+                "command again."
             ) from error
         raise InputError(
-            f"{run} cannot be written to ({_brief(error)}); mend that: {advice}."
+            f"{run} cannot be written to ({_brief(error)}); {kept}: mend that and run the same "
+            "command again."
         ) from error
 
 
@@ -134,7 +136,7 @@ def _gone(folder: str | Path) -> str:
 
 def _free(folder: Path) -> str:
     try:
-        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free are not enough"
     except OSError:
         return "free space unknown"
 
