@@ -176,7 +176,7 @@ def _make(
     borders = _borders(bench, tokens.shape[-1])
     if borders:
         ranks = [seam_ranks(x, codec.sample_rate, codec.hop_length, borders) for x in sound]
-        rows["seam rank"] = np.array([r.mean(axis=1).max() if r.size else np.nan for r in ranks])
+        rows["seam rank"] = np.array([r.mean() if r.size else np.nan for r in ranks])
     return sound, rows
 
 
