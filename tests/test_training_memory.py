@@ -108,6 +108,24 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         dataclasses.replace(RUN, accumulate=4)
 
 
+def test_a_copy_of_the_position_bias_for_each_device_changes_nothing():
+    params = vampnet.init(jax.random.key(1), MODEL, codebooks())
+    tokens = jnp.asarray(some_tokens())
+    mask = jnp.zeros(tokens.shape, bool).at[:, 1:].set(True)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, shards):
+        return jax.grad(
+            lambda params: jnp.sum(masked_sums(params, tokens, mask, MODEL, shards=shards).loss)
+        )(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(params, 1),
+        gradient(params, 3),
+    )
+
+
 def test_the_loss_in_parts_is_the_loss_and_holds_fewer_logits():
     params = vampnet.init(jax.random.key(1), MODEL, codebooks())
     tokens = jnp.asarray(some_tokens(4, 61))  # 61 frames: the last part is not full

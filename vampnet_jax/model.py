@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.transformer import Placement, VampNet, dropout_seeds
+from vampnet_jax.transformer import Placement, VampNet, bias_of_frames, dropout_seeds
 
 Params = dict
 """Nested dict of float32 arrays."""
@@ -90,7 +90,7 @@ def frame_features(
     """What the head sees: `[B, T, D]`, the first half of `frame_major_logits`.
 
     Args:
-      params, tokens, config, bias: as there.
+      params, tokens, config, bias: as there; or bias as `position_bias_by_part` returns.
       dropout_key: one key (example b uses fold_in(key, b)) or B keys; an example's dropout does
         not depend on the batch around it.
       place: says where activations lie on the devices; gets arrays `[B, …]`.
@@ -110,6 +110,17 @@ def frame_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array
 def position_bias(params: Params, n_frames: int, config: ModelConfig) -> jax.Array:
     """Relative-position bias added to attention scores, `[H, query, key]`."""
     return _module(params, config).bias_of_frames(n_frames)
+
+
+def position_bias_by_part(params: Params, n_frames: int, parts: int, place: Placement) -> jax.Array:
+    """`position_bias` once for each of so many equal parts of a batch, `[parts, H, query, key]`.
+
+    The values are the same. But each device then adds up the gradient of its own copy, and what
+    is summed over devices is the small table, once, instead of every block's `[H, T, T]`.
+    """
+    table = params["position_bias"]
+    tables = place(jnp.broadcast_to(table[None], (parts, *table.shape)))
+    return jax.vmap(functools.partial(bias_of_frames, n_frames=n_frames))(tables)
 
 
 def latents(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:

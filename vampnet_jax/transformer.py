@@ -46,6 +46,11 @@ def relative_position_buckets(n_frames: int) -> np.ndarray:
     return (bucket + np.where(offset > 0, side, 0)).astype(np.int32)
 
 
+def bias_of_frames(table: jax.Array, n_frames: int) -> jax.Array:
+    """Look up the bias of every (query, key) pair: `[32, H]` → `[H, T, T]`."""
+    return jnp.moveaxis(table[relative_position_buckets(n_frames)], -1, 0)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     """RMSNorm over the last axis in float32, back in the input's dtype (Zhang & Sennrich 2019)."""
     y = x.astype(jnp.float32)
@@ -148,7 +153,7 @@ class Block(nnx.Module):
         seeds: jax.Array | None,
         adapters: Adapters,
     ) -> jax.Array:
-        """Transform `[B, T, D]`; bias is `[H, T, T]`, seeds `[4, B, 2]` switch dropout on."""
+        """Transform `[B, T, D]`; bias as in `mix_values`, seeds `[4, B, 2]` switch dropout on."""
         seed = (None,) * 4 if seeds is None else seeds
         rate = config.dropout
         normal = rms_norm(x, self.attention_norm[...])
@@ -207,10 +212,19 @@ def mix_values(
     seed: jax.Array | None,
     rate: float,
 ) -> jax.Array:
-    """Values `[B, T, H, K]` averaged by attention: softmax(q·k / √K + bias), in float32."""
+    """Values `[B, T, H, K]` averaged by attention: softmax(q·k / √K + bias), in float32.
+
+    The bias is `[H, T, T]`, or `[S, H, T, T]` where each of S equal parts of the batch has its own.
+    """
     q = q / np.sqrt(q.shape[-1]).astype(q.dtype)
     scores = jnp.einsum("BtHK,BsHK->BHts", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores + bias[None].astype(jnp.float32), axis=-1)
+    bias = bias.astype(jnp.float32)
+    if bias.ndim == 3:
+        scores = scores + bias[None]
+    else:
+        by_part = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
+        scores = (by_part + bias[:, None]).reshape(scores.shape)
+    weights = jax.nn.softmax(scores, axis=-1)
     weights = dropout(weights, rate, seed).astype(v.dtype)
     return jnp.einsum("BHts,BsHK->BtHK", weights, v)
 
@@ -248,8 +262,7 @@ class VampNet(nnx.Module):
 
     def bias_of_frames(self, n_frames: int) -> jax.Array:
         """The bias of every (query, key) pair, `[H, T, T]`, shared by all blocks."""
-        buckets = relative_position_buckets(n_frames)
-        return jnp.moveaxis(self.position_bias[...][buckets], -1, 0)
+        return bias_of_frames(self.position_bias[...], n_frames)
 
     def __call__(
         self,

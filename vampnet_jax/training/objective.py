@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.model import Params, frame_features, frame_logits
+from vampnet_jax.model import Params, frame_features, frame_logits, position_bias_by_part
 
 TOP_K = 25
 LOGIT_BYTES = 2**27
@@ -102,7 +102,12 @@ def masked_sums(
       logit_bytes: how much of the float32 logits a device may hold at once.
     """
     hidden = jnp.where(mask, config.mask_token, tokens)
-    x = frame_features(params, hidden, config, dropout_key=dropout_key, place=place)  # [B, T, D]
+    bias = None
+    if shards > 1 and config.attention == "xla":
+        bias = position_bias_by_part(params, tokens.shape[-1], shards, place)
+    x = frame_features(
+        params, hidden, config, bias=bias, dropout_key=dropout_key, place=place
+    )  # [B, T, D]
     given = config.n_conditioning_codebooks
     target = jnp.swapaxes(tokens[:, given:], 1, 2)  # [B, T, Cp]
     scored = jnp.swapaxes(mask[:, given:], 1, 2)
