@@ -37,7 +37,11 @@ def start(
 
 def finish(*processes: subprocess.Popen) -> str:
     """Wait for all processes of a job; what the first printed."""
-    outputs = [process.communicate(timeout=900) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=900) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return outputs[0][0]
