@@ -13,10 +13,12 @@ _BITS |= {f"{sign}{bits}": bits for sign in "su" for bits in (8, 16, 32, 64)}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|called_computations|branch_computations"
+    r"(calls|to_apply|body|condition|called_computations|branch_computations"
     r"|true_computation|false_computation)=(?:\{([^}]*)\}|%?([\w.-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
@@ -45,37 +47,46 @@ def collectives(hlo: str) -> list[Collective]:
     Args:
       hlo: `compiled.as_text()` of a partitioned program.
     """
-    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    found: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
-    entry, partitions = "", _PARTITIONS.search(hlo)
+    partitions = _PARTITIONS.search(hlo)
     n_devices = int(partitions[1]) if partitions else 1
+    calls: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    limits: dict[str, int] = defaultdict(int)  # the largest integer in a loop's condition
+    found: list[tuple[str, str, str, float, float]] = []
+    entry = ""
     for name, is_entry, result, operation, rest in _instructions(hlo):
         entry = name if is_entry else entry
-        trips = _TRIPS.search(rest)
-        for many, one in _CALLED.findall(rest):
+        for attribute, many, one in _CALLED.findall(rest):
+            trips = _TRIPS.search(rest)
+            condition = _CONDITION.search(rest)
+            times = trips[1] if trips else condition[1] if condition else "1"
             for called in (part.strip().lstrip("%") for part in (many or one).split(",")):
-                calls[name].append((called, int(trips[1]) if trips else 1))
+                calls[name].append((called, times if attribute == "body" else "1"))
+        if operation == "constant" and result.startswith("s32[]"):
+            limits[name] = max(limits[name], int(rest.partition(")")[0]))
         kind = operation.removesuffix("-start")
         if kind in KINDS:
             size, n = _size(result, operation), _group_size(rest, n_devices)
             if kind == "reduce-scatter":
                 size *= n  # the result is a device's part; what is reduced is n times as large
             share = 1.0 if kind == "collective-permute" else (n - 1) / n
-            found[name].append((kind, size, size * share * (2 if kind == "all-reduce" else 1)))
-    times: dict[str, int] = defaultdict(int)
-    _count(entry, 1, calls, times)
-    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    for name, items in found.items():
-        for kind, size, sent in items:
-            total = totals[kind]
-            total[0] += times[name]
-            total[1] += times[name] * size
-            total[2] += times[name] * sent
-    return [
-        Collective(kind, int(totals[kind][0]), *totals[kind][1:])
-        for kind in KINDS
-        if totals[kind][0]
-    ]
+            channel = _CHANNEL.search(rest)
+            key = channel[1] if channel else f"unnumbered {len(found)}"
+            sent = size * share * (2 if kind == "all-reduce" else 1)
+            found.append((name, kind, key, size, sent))
+    times_of: dict[str, int] = defaultdict(int)
+    _count(entry, 1, calls, limits, times_of)
+    # A collective that overlaps with computing is written in pieces, all with its number.
+    channels: dict[str, tuple[str, int, float, float]] = {}
+    for name, kind, key, size, sent in found:
+        if times_of[name] > channels.get(key, ("", 0))[1]:
+            channels[key] = (kind, times_of[name], size, sent)
+    result_of = []
+    for kind in KINDS:
+        same = [item for item in channels.values() if item[0] == kind]
+        if same:
+            totals = [sum(times * amounts[n] for _, times, *amounts in same) for n in range(2)]
+            result_of.append(Collective(kind, sum(item[1] for item in same), *totals))
+    return result_of
 
 
 def _instructions(hlo: str) -> Iterator[tuple[str, bool, str, str, str]]:
@@ -92,11 +103,17 @@ def _instructions(hlo: str) -> Iterator[tuple[str, bool, str, str, str]]:
 
 
 def _count(
-    name: str, factor: int, calls: dict[str, list[tuple[str, int]]], times: dict[str, int]
+    name: str,
+    factor: int,
+    calls: dict[str, list[tuple[str, str]]],
+    limits: dict[str, int],
+    times_of: dict[str, int],
 ) -> None:
-    times[name] += factor
-    for called, trips in calls[name]:
-        _count(called, factor * trips, calls, times)
+    times_of[name] += factor
+    for called, times in calls[name]:
+        # Of a loop without a known length, the condition's limit is taken: ours count from 0.
+        trips = int(times) if times.isdecimal() else max(limits[times], 1)
+        _count(called, factor * trips, calls, limits, times_of)
 
 
 def _size(result: str, operation: str) -> float:
