@@ -2,8 +2,9 @@
 
     JAX_NUM_CPU_DEVICES=8 python tests/simulated_training.py MESH...
 
-MESH is as `train.py --mesh` takes it; with "+N" the batch is accumulated in N parts. Several processes make one job, as on a cluster, by the
-variables that `vampnet_jax.training.distributed` reads.
+MESH is as `train.py --mesh` takes it; with "+N" the batch is accumulated in N parts. Several
+processes make one job, as on a cluster, by the variables that `vampnet_jax.training.distributed`
+reads.
 """
 
 import json
