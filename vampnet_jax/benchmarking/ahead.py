@@ -24,6 +24,9 @@ from vampnet_jax.training.collectives import Collective, collectives
 from vampnet_jax.training.pod_check import GIB, Chip, DoesNotFit, devices_of
 from vampnet_jax.training.sharding import Layout
 
+MEMORY_RATES = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}
+"""Bytes/s of a chip's memory, by its maker's data sheet."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -43,6 +46,8 @@ class Estimate:
     """What a program takes on one chip."""
 
     chip: Chip
+    memory_rate: float
+    """Bytes/s."""
     arguments: int
     """Bytes of parameters and tokens."""
     temporaries: int
@@ -64,7 +69,7 @@ class Estimate:
         """Seconds if nothing else limited."""
         return {
             "compute": self.flops / self.chip.flops,
-            "memory": self.traffic / self.chip.memory_rate,
+            "memory": self.traffic / self.memory_rate,
             "links": sum(c.sent for c in self.collectives) / self.chip.link_rate,
         }
 
@@ -137,7 +142,9 @@ def compile_work(work: Work, layout: Layout) -> jax.stages.Compiled:
         raise DoesNotFit(wanted[0] if wanted else str(error).splitlines()[0]) from error
 
 
-def estimate(compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: Chip) -> Estimate:
+def estimate(
+    compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: Chip, memory_rate: float
+) -> Estimate:
     """Read a compiled program's needs; all per chip."""
     memory: Any = compiled.memory_analysis()
     config, steps = work.config, work.options.steps
@@ -149,6 +156,7 @@ def estimate(compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: Ch
     )
     return Estimate(
         chip=chip,
+        memory_rate=memory_rate,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -170,6 +178,7 @@ def check(setting: Setting, topology: str, console: Console) -> bool:
       InputError: unknown topology, no compiler for it, or a mesh or batch that does not fit.
     """
     devices, chip = devices_of(topology)
+    memory_rate = MEMORY_RATES[topology.partition(":")[0]]
     fits = True
     for work in works(setting):
         layout = Layout(placement.mesh_of(setting.mesh or "", work.config, devices))
@@ -186,7 +195,7 @@ def check(setting: Setting, topology: str, console: Console) -> bool:
             highlight=False,
         )
         try:
-            found = estimate(compile_work(work, layout), work, layout, chip)
+            found = estimate(compile_work(work, layout), work, layout, chip, memory_rate)
         except DoesNotFit as error:
             console.print(f"does not fit: {error}\n", highlight=False)
             fits = False
@@ -206,7 +215,7 @@ def _table(found: Estimate, work: Work, n_chips: int) -> Table:
     table.add_row("model FLOPs", f"{found.flops / 1e12:.2f} T")
     table.add_row("memory traffic, at least", f"{found.traffic / 1e9:.1f} GB")
     for item in found.collectives:
-        table.add_row(item.kind, f"{item.count} ×, {item.bytes / 1e6:,.1f} MB")
+        table.add_row(item.kind, f"{item.calls} ×, {item.sent / 1e6:,.1f} MB sent")
     for what, seconds in found.times.items():
         table.add_row(f"time by {what}", f"{1e3 * seconds:.2f} ms")
     least = max(found.times.values())
