@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 		--num-samples 2 --steps 24 --seed 1 --overwrite
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
