@@ -2,10 +2,10 @@
 
 Losses: waveform error, and multi-scale mel distance and commitment as in "High-Fidelity Audio
 Compression with Improved RVQGAN" (Kumar et al., 2023), without its discriminators. The first
-two codebooks alone must also tell the spectrogram, without phase: what sounds alike then has
-the same first tokens, which a language model can learn (Moshi's codec does so with a speech
-model's features; Défossez et al., 2024). The codes are running means of encoder outputs; those that
-fall out of use are re-seeded, without which most stay unused.
+codebooks alone must also tell the spectral envelope and which notes sound, without phase: what
+sounds alike then has the same first tokens, which a language model can learn (Moshi's codec does
+so with a speech model's features; Défossez et al., 2024). The codes are running means of encoder
+outputs; those that fall out of use are re-seeded, without which most stay unused.
 
 Progress, learning rate and the end follow --steps or --minutes of training time (summed over
 resumed runs), whichever comes first. Run again with the same --out to resume. Finished, it
@@ -48,8 +48,10 @@ CONFIG = {
 SCALES = [(64, 10), (128, 20), (256, 40), (512, 80), (1024, 150), (2048, 320)]  # window, mels
 WAVE = 5.0  # weight of the waveform error: for long, mel distance alone gives noise without pitch
 COMMITMENT = 0.025  # weight of the commitment loss beside the mel distance
-SPECTRAL = 2  # how many codebooks tell the spectrogram by themselves
-SPECTRUM = 2.0  # weight of its error
+SPECTRAL = 3  # how many codebooks tell envelope and notes by themselves
+SPECTRUM = 1.0  # weight of the envelope's error
+NOTES = 4.0  # weight of the notes' error
+MELS, SEMITONES = 80, 72  # bands of the envelope; of the notes, from C2 (65 Hz) up
 
 
 class Snake(torch.autograd.Function):
@@ -122,6 +124,25 @@ class MelSpectrogram(nn.Module):
         )
         power = torch.view_as_real(spectrum).square().sum(-1)
         return (self.filters @ (power + 1e-12).sqrt()).clamp(min=1e-5).log10()
+
+
+class Notes(nn.Module):
+    """log10(1 + magnitude) of semitones [B, semitones, columns] of audio [B, samples]."""
+
+    def __init__(self, window: int, hop: int):
+        super().__init__()
+        self.sizes = window, hop
+        hertz = torch.fft.rfftfreq(window, 1 / SAMPLE_RATE)
+        semitone = 12 * torch.log2(hertz.clamp(min=1) / 65.406)  # above C2
+        distance = (semitone - torch.arange(SEMITONES)[:, None]).abs()
+        self.register_buffer("filters", (1 - distance).clamp(min=0), persistent=False)
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.stft(
+            audio, *self.sizes, window=self.window, pad_mode="constant", return_complex=True
+        )
+        return (1 + (self.filters @ spectrum.abs().square()).sqrt()).log10()
 
 
 class MelDistance(nn.Module):
@@ -245,16 +266,24 @@ class Trained(nn.Module):
         super().__init__()
         width, hop = CONFIG["latent_dim"], math.prod(CONFIG["encoder_rates"])
         self.dac = dac
-        self.target = MelSpectrogram(2048, 160, hop // 2)
+        self.envelope, self.notes = MelSpectrogram(1024, MELS, hop // 2), Notes(8192, hop)
         self.head = nn.Sequential(
-            nn.Conv1d(width, 256, 3, padding=1), nn.GELU(), nn.Conv1d(256, 2 * 160, 1)
+            nn.Conv1d(width, 256, 3, padding=1),
+            nn.GELU(),
+            nn.Conv1d(256, 2 * MELS + SEMITONES, 1),
         )
 
-    def spectrum_error(self, quantised: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
-        """Mean |difference| of log10 mel magnitudes, two columns per frame."""
-        target = self.target(audio.squeeze(1))[..., :-1]  # [B, mels, 2T]
-        guess = self.head(quantised).unflatten(1, (160, 2))  # [B, mels, 2, T]
-        return (guess - target.unflatten(2, (-1, 2)).transpose(2, 3)).abs().mean()
+    def errors(
+        self, quantised: torch.Tensor, audio: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean |difference| of the envelope, two columns per frame, and of the notes."""
+        audio = audio.squeeze(1)
+        mels, notes = self.head(quantised).split([2 * MELS, SEMITONES], dim=1)
+        envelope = self.envelope(audio)[..., :-1].unflatten(2, (-1, 2)).transpose(2, 3)
+        wrong = (mels.unflatten(1, (MELS, 2)) - envelope).abs().mean()  # of [B, mels, 2, T]
+        # A frame's middle lies between two columns.
+        columns = self.notes(audio)
+        return wrong, (notes - (columns[..., :-1] + columns[..., 1:]) / 2).abs().mean()
 
 
 def quantise(dac: nn.Module, z: torch.Tensor, keep: torch.Tensor):
@@ -291,13 +320,16 @@ def backward(model: Trained, audio: torch.Tensor, loss_of: nn.Module, bfloat16: 
     n = CONFIG["n_codebooks"]
     keep = torch.where(torch.rand(len(audio)) < 0.25, torch.randint(SPECTRAL, n, (len(audio),)), n)
     out, (_, spectral, codes, latents, commitment) = forward(model.dac, audio, keep, bfloat16)
+    envelope, notes = model.errors(spectral, audio)
     losses = {
         "mel": loss_of(out, audio),
         "wave": (wave_error(out, audio) * keep / n).mean(),
-        "spectrum": model.spectrum_error(spectral, audio),
+        "envelope": envelope,
+        "notes": notes,
         "commit": commitment,
     }
-    weights = {"mel": 1.0, "wave": WAVE, "spectrum": SPECTRUM, "commit": COMMITMENT}
+    weights = {"mel": 1.0, "wave": WAVE, "commit": COMMITMENT}
+    weights |= {"envelope": SPECTRUM, "notes": NOTES}
     sum(weights[k] * v for k, v in losses.items()).backward()
     return codes, latents.detach(), {k: v.item() for k, v in losses.items()}
 
@@ -339,6 +371,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/music"))
     parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
     parser.add_argument("--out", type=Path, default=Path("runs/codec"))
+    parser.add_argument("--init", type=Path, help="checkpoint.pt of another run to begin from")
     parser.add_argument("--minutes", type=float, default=60, help="training time, all runs")
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=4)
@@ -365,6 +398,10 @@ def main() -> None:
     model = Trained(dac.DAC(**CONFIG))
     scale_layers(model.dac, train.draw(np.random.default_rng(0), 96, 15_360, 4.0))
     books = Codebooks(model.dac)
+    if a.init:
+        state = torch.load(a.init, weights_only=True)
+        model.dac.load_state_dict(state["ema"])
+        books.uses, books.sums = state["uses"], state["sums"]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.learning_rate, betas=(0.8, 0.99), weight_decay=0.01)
     ema = {k: v.clone() for k, v in model.dac.state_dict().items()}

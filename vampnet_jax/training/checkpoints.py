@@ -111,6 +111,8 @@ class Checkpoints:
         ]
         if milestone_every:
             policies.append(EveryNSteps(milestone_every))
+        # A warning for each save without a loss; tracebacks of errors that are raised here as well.
+        absl.logging.set_verbosity(absl.logging.FATAL)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=goodness,  # without it Orbax does not write the metrics down
@@ -119,8 +121,6 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        # A warning for each save without a loss; tracebacks of errors that are raised here as well.
-        absl.logging.set_verbosity(absl.logging.FATAL)
         self._run = run
         self._folder = (run / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
