@@ -26,7 +26,7 @@ def tokens(tmp_path_factory) -> Path:
 def test_reading_any_frames_of_a_track_gives_those_frames_across_records(tokens):
     tracks = reader(tokens)
     start, stop = RECORD_FRAMES - 7, 2 * RECORD_FRAMES + 3
-    found, loudness = tracks.read(1, start, stop)
+    found, loudness = tracks.read(2, start, stop)  # tracks are in the order of their names
     f = np.arange(start, stop)
     np.testing.assert_array_equal(found, np.stack([f + 3, 2 * f, 3 * f]) % 16)
     assert found.dtype == np.int32
@@ -50,11 +50,11 @@ def test_example_n_is_the_same_whatever_ran_before_and_however_examples_are_batc
 def test_an_epoch_visits_every_part_of_every_track_once(tokens):
     tracks = reader(tokens)
     excerpts = RandomExcerpts(tracks, 3, 20, -30.0, seed=0)
-    assert excerpts.places == (200 + 5000 + 90 - 10) // 20
+    assert excerpts.places == (200 + 90 + 5000 - 10) // 20
     seen = [
         excerpts._begin(place, np.random.default_rng(place)) for place in range(excerpts.places)
     ]
-    for track, places in enumerate((10, 250, 4)):
+    for track, places in enumerate((10, 4, 250)):
         starts = np.array([excerpt.start for excerpt in seen if excerpt.track == track])
         room = tracks.tracks[track].frames - 20
         assert len(starts) == places
@@ -182,7 +182,7 @@ def test_weights_decide_how_often_a_source_comes_in_every_stretch(tmp_path):
 
 def test_a_weighted_epoch_also_visits_every_place_of_a_source_once(tokens):
     excerpts = RandomExcerpts(reader(tokens), 1, 20, -100.0, 0, {"source1": 0.5})
-    of_source0 = {*range(10), *range(260, 264)}  # its two tracks: 200 and 90 frames
+    of_source0 = {*range(14)}  # its two tracks: 200 and 90 frames
     order = [int(excerpts._order[n]) for n in range(2 * excerpts.places)]
     visits = [place for place in order if place in of_source0]
     assert set(visits[:14]) == set(visits[14:28]) == of_source0

@@ -73,16 +73,16 @@ def test_window_borders_are_like_anywhere_else(piece, stage, measure):
 
 @pytest.mark.parametrize("measure", ["level", "flux"])
 def test_a_cut_would_be_noticed(piece, measure):
-    """The same statistics tell windows that were merely put side by side."""
+    """The same statistics tell windows that fade and were merely put side by side."""
     tiny, n_frames, audio = piece
     window, hop = tiny.coarse_window, tiny.codec.hop_length
     borders = list(range(window, n_frames, window))
     ranks = []
     for clip, other in zip(audio, np.roll(audio, 1, axis=0), strict=True):
-        parts = [(clip, 1.0), (other, 0.2)] * len(borders)
+        sources = [clip, other] * len(borders)
         cut = [
-            gain * source[i * window * hop : (i + 1) * window * hop]
-            for i, (source, gain) in enumerate(parts[: len(borders) + 1])
+            source[i * window * hop : (i + 1) * window * hop] * np.linspace(1, 0.2, window * hop)
+            for i, source in enumerate(sources[: len(borders) + 1])
         ]
         values = changes(np.concatenate(cut), hop, tiny.codec.sample_rate)[measure]
         ranks += ranks_at(borders, values[:n_frames])
