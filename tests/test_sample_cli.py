@@ -31,13 +31,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     for name, seed in (("model", 0), ("other", 5)):
         model = random_model(random_codec(seed=seed), seed=seed)
-        model = dataclasses.replace(
-            model,
-            fine_window=40,
-            coarse_sampling=dataclasses.replace(model.coarse_sampling, temperature=0.9),
-            fine_sampling=dataclasses.replace(model.fine_sampling, top_k=15),
-        )
-        vampnet.save(model, folder / name)
+        vampnet.save(dataclasses.replace(model, fine_window=40), folder / name)
     seconds = np.arange(round(0.64 * RATE)) / RATE
     music = 0.2 * np.sin(2 * np.pi * 330 * seconds) * (1 + np.sin(20 * seconds)) / 2
     soundfile.write(folder / "clip.wav", music, RATE)
@@ -99,6 +93,25 @@ def refused(result: tuple[int, str, str], words: str, output: Path = Path("vampe
 # What is written
 
 
+def test_what_is_not_given_is_as_the_model_is_best_sampled(sample, folder, tmp_path):
+    tuned = dataclasses.replace(
+        vampnet.load(folder / "model"),
+        coarse_sampling=vampnet.SamplingOptions(steps=3, temperature=0.9, typical_mass=None),
+        fine_sampling=vampnet.SamplingOptions(steps=1, top_k=15),
+    )
+    vampnet.save(tuned, tmp_path / "tuned")
+    options = ["--temperature", "0.8", "--fine-top-k", "off", "--seed", "1", "-o", "out"]
+    code, _, _ = sample(folder / "brief.wav", *options, model=tmp_path / "tuned", quick=False)
+    assert code == 0
+    record = json.loads(Path("out/brief_1.json").read_text())
+    assert (record["coarse"]["steps"], record["coarse"]["typical_mass"]) == (3, None)
+    assert record["coarse"]["temperature"] == 0.8
+    assert (record["fine"]["steps"], record["fine"]["top_k"]) == (1, None)
+    again = ["--from-params", "out/brief_1.json", "-o", "again"]
+    assert sample(*again, model=None, quick=False)[0] == 0
+    assert Path("again/brief_1.wav").read_bytes() == Path("out/brief_1.wav").read_bytes()
+
+
 def test_each_variation_has_sound_picture_and_record(sample, folder):
     code, out, _ = sample(folder / "clip.wav", "-o", "out/deep", "--num-samples", "2")
     assert code == 0
@@ -114,8 +127,6 @@ def test_each_variation_has_sound_picture_and_record(sample, folder):
     assert record["options"]["seed"] == 7
     assert record["variation"] == 2
     assert record["prompt"]["periodic"] == 7  # the default preset
-    assert record["options"]["temperature"] == 0.9  # the model's own
-    assert record["fine"]["top_k"] == 15
     assert len(record["model"]["codec"]) == 64
     assert "jax" in record["environment"]["versions"]
 

@@ -15,6 +15,9 @@ from vampnet_jax.sampling import SamplingOptions
 
 Off = Literal["off", "None"]
 OFF = get_args(Off)
+Own = Literal["own"]
+NOT_GIVEN = (None, "own")
+"""What stands for the model's own way of sampling; `None` on the command line means off."""
 MAX_SECONDS = 3600
 """Longest music from nothing."""
 KEEPING = {
@@ -113,11 +116,11 @@ class Options:
     """Randomness of the order in which tokens are settled; 0 settles the surest first."""
     sample_cutoff: Annotated[float | None, arg(metavar="SHARE")] = None
     """Share of the steps that draw at random; afterwards the likeliest token is taken."""
-    top_k: int | Off | None = None
+    top_k: int | Off | Own = "own"
     """Draw only from the K likeliest tokens."""
-    top_p: float | Off | None = None
+    top_p: float | Off | Own = "own"
     """Draw only from the likeliest tokens that hold this probability."""
-    typical_mass: float | Off | None = None
+    typical_mass: float | Off | Own = "own"
     """Draw only from tokens of typical surprisal that hold this probability."""
     typical_min_tokens: int | None = None
     """But from at least so many."""
@@ -126,9 +129,9 @@ class Options:
     fine_temperature: float | None = None
     fine_mask_temperature: float | None = None
     fine_sample_cutoff: Annotated[float | None, arg(metavar="SHARE")] = None
-    fine_top_k: int | Off | None = None
-    fine_top_p: float | Off | None = None
-    fine_typical_mass: float | Off | None = None
+    fine_top_k: int | Off | Own = "own"
+    fine_top_p: float | Off | Own = "own"
+    fine_typical_mass: float | Off | Own = "own"
     fine_typical_min_tokens: int | None = None
 
 
@@ -167,7 +170,7 @@ def with_defaults_of(model: Path, options: Options) -> Options:
     values: dict[str, Any] = {}
     for stage, prefix in (("coarse", ""), ("fine", "fine_")):
         for name, value in dataclasses.asdict(sampling_defaults(description, stage)).items():
-            if getattr(options, prefix + name) is None:
+            if getattr(options, prefix + name) in NOT_GIVEN:
                 values[prefix + name] = "off" if value is None else value
     return dataclasses.replace(options, **values)
 
