@@ -47,14 +47,21 @@ def stand_in_for_broken_torchaudio() -> Iterator[None]:
 
 def build_dac(sizes: Mapping[str, Any]) -> "torch.nn.Module":
     """descript-audio-codec's DAC with plain convolutions: their weight normalisation is folded."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch has a newer form of weight normalisation
-        network = import_dac().model.DAC(
+    with _plain_convolutions():
+        return import_dac().model.DAC(
             **{name: list(v) if isinstance(v, tuple) else v for name, v in sizes.items()}
         )
-        for module in network.modules():
-            if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
-                torch.nn.utils.remove_weight_norm(module)
-    return network
+
+
+@contextlib.contextmanager
+def _plain_convolutions() -> Iterator[None]:
+    """Within it DAC's layers are made without weight normalisation.
+
+    Made with it and removed, norms would be computed of weights that are not there yet.
+    """
+    layers = import_dac().nn.layers
+    original, layers.weight_norm = layers.weight_norm, lambda convolution: convolution
+    try:
+        yield
+    finally:
+        layers.weight_norm = original

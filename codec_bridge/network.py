@@ -13,6 +13,7 @@ from codec_bridge.receptive_field import Convolution
 
 if TYPE_CHECKING:
     import torch
+    from torch.overrides import TorchFunctionMode
 
 KINDS = ("dac", "lac")
 
@@ -45,7 +46,7 @@ def _without_weights(kind: str, config: CodecConfig) -> "torch.nn.Module":
     import torch
 
     sizes = dataclasses.asdict(config)
-    with torch.device("meta"):
+    with torch.device("meta"), _without_values():
         if kind == "dac":
             from codec_bridge.descript import build_dac
 
@@ -54,6 +55,25 @@ def _without_weights(kind: str, config: CodecConfig) -> "torch.nn.Module":
 
         del sizes["sample_rate"]
         return LAC(**sizes)
+
+
+def _without_values() -> "TorchFunctionMode":
+    """A context in which `torch.nn.init` leaves new parameters as they are.
+
+    On the meta device they hold nothing, but drawing it would import PyTorch's compiler.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutValues(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **kwargs)
+
+    return WithoutValues()
 
 
 def _shapes(network: "torch.nn.Module") -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ import codec_bridge
 from codec_bridge import InputError, files
 from codec_bridge.config import CodecConfig
 from codec_bridge.descript import import_dac
-from codec_bridge.network import tensor_shapes
+from codec_bridge.network import _without_weights, tensor_shapes
 from codec_bridge.pth import fold_weight_norm, read_pth, weight_norm
 
 LAC_PTH = Path(__file__).parent / "golden" / "codec.pth"
@@ -150,8 +150,20 @@ def test_attributes_and_codebooks_of_a_saved_codec_need_no_torch(tmp_path):
         "assert len(codec.fingerprint) == 64\n"
         "loaded = {'torch', 'dac', 'audiotools', 'librosa', 'soundfile'} & sys.modules.keys()\n"
         "assert not loaded, loaded\n"
+        "import numpy\n"
+        "codec.decode(numpy.zeros((1, 8, 4), numpy.int32))\n"
+        "slow = {'torch._dynamo', 'torch._inductor', 'sympy'} & sys.modules.keys()\n"
+        "assert 'torch' in sys.modules and not slow, slow  # seconds of imports\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_networks_are_built_without_memory_and_leave_descripts_layers_as_they_were():
+    before = import_dac().nn.layers.weight_norm
+    network = _without_weights("dac", random_codec("dac").config)
+    assert import_dac().nn.layers.weight_norm is before
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
+    assert not any("weight_g" in name for name in network.state_dict())
 
 
 def test_released_weights_come_through_descripts_download(monkeypatch, descript_pth):
