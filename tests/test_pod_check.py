@@ -1,5 +1,6 @@
 """Compiling the step for a pod that is not here: what is read from the compiled program."""
 
+import dataclasses
 import importlib.util
 import math
 
@@ -11,10 +12,14 @@ import vampnet_jax as vampnet
 from codec_bridge import InputError
 from vampnet_jax.cli.status import FAILED_CHECK, OK
 from vampnet_jax.cli.train import main as train
-from vampnet_jax.training import pod_check
+from vampnet_jax.lora import LoraConfig
+from vampnet_jax.release import read_description, resolve
+from vampnet_jax.training import begin, pod_check
+from vampnet_jax.training.checkpoints import write_run
 from vampnet_jax.training.collectives import Collective, collectives
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.sharding import plan
+from vampnet_jax.training.step import jitted_step
 
 CONFIG = TrainConfig(
     model=vampnet.ModelConfig(
@@ -86,6 +91,53 @@ def test_a_compiled_step_is_measured_per_chip(compiled):
     assert all(0 < item.sent <= 2 * item.bytes for item in report.collectives)
 
 
+def test_a_lora_step_holds_the_frozen_weights_in_shares_and_moments_of_the_adapters_only(compiled):
+    whole = pod_check.measure(compiled, CONFIG, 20, pod_check.CHIPS["v5e"])
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=2))
+    layout = plan(config.model, config.batch_size, "fsdp=2", devices=jax.devices())
+    adapting = pod_check.compile_step(config, layout, 20)
+    report = pod_check.measure(adapting, config, 20, pod_check.CHIPS["v5e"])
+    state = layout.abstract(pod_check.abstract_state(config))
+    kept = {name: in_bytes(x) for name, x in state._asdict().items()}
+    tokens = 4 * CONFIG.batch_size * CONFIG.model.n_codebooks * 20 // 2
+    assert report.arguments == pytest.approx(sum(n for n, _ in kept.values()) + tokens, rel=0.01)
+    here, in_all = kept["frozen"]
+    assert here <= 0.55 * in_all  # the mask's vectors are whole on both
+    assert kept["moments"][0] <= 2.1 * kept["params"][0]
+    assert report.arguments < 0.5 * whole.arguments
+    assert report.model_flops < whole.model_flops  # no gradient of the frozen weights
+
+
+def in_bytes(tree) -> tuple[int, int]:
+    """Bytes of arrays on one device, and in all."""
+    leaves = jax.tree.leaves(tree)
+    here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return here, sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def lora_sizes(**asked):
+    config, n_frames = begin.sizes(begin.Request(lora={"rank": 4}, **asked))
+    assert config.lora is not None
+    assert config.lora.rank == 4
+    return config, n_frames
+
+
+def test_lora_is_compiled_with_its_recipe_for_a_model_a_run_or_the_published_sizes(tmp_path):
+    config, n_frames = lora_sizes(stage="fine")
+    assert (config.model.embedding_dim, config.model.n_layers, n_frames) == (1280, 16, 173)
+    assert (config.batch_size, config.warmup_steps) == (8, 500)
+    config, n_frames = lora_sizes(lora_from="tiny")
+    tiny = read_description(resolve("tiny"))
+    assert config.model.embedding_dim == tiny["coarse"]["config"]["embedding_dim"]
+    assert n_frames == tiny["coarse"]["window"]
+    write_run(tmp_path, CONFIG, {"stage": "coarse", "codec": tiny["codec"]})
+    (tmp_path / "checkpoints").mkdir()
+    config, n_frames = lora_sizes(lora_from=str(tmp_path))
+    assert (config.model.n_codebooks, n_frames) == (3, 500)  # 10 s of 50 frames/s
+    with pytest.raises(InputError, match="leave --preset out"):
+        lora_sizes(lora_from="tiny", preset="coarse")
+
+
 def test_the_roofline_lies_between_full_overlap_and_none():
     chip = pod_check.Chip(flops=100.0, memory=10.0, link_rate=1.0)
     report = pod_check.Report(
@@ -105,7 +157,8 @@ def test_the_roofline_lies_between_full_overlap_and_none():
 
 @pytest.mark.parametrize(("preset", "n_frames", "given"), [("coarse", 575, 0), ("fine", 173, 4)])
 def test_without_tokens_the_sizes_are_those_of_the_published_codec(preset, n_frames, given):
-    config, frames = pod_check.sizes(preset, None, {"batch_size": 256, "steps": None}, None)
+    settings = {"batch_size": 256, "steps": None}
+    config, frames = begin.sizes(begin.Request(preset=preset, settings=settings))
     assert frames == n_frames
     assert config.model.n_conditioning_codebooks == given
     assert (config.model.vocab_size, config.batch_size) == (1024, 256)
@@ -120,6 +173,23 @@ def test_the_command_says_whether_it_fits(monkeypatch, capsys, memory, status, w
     assert word in said.splitlines()[-1]
     assert "roofline step time" in said
     assert FAILED_CHECK == 1
+
+
+def test_the_command_compiles_the_lora_step_where_adapters_are_asked_for(monkeypatch, capsys):
+    chip = pod_check.CHIPS["v5e"]
+    monkeypatch.setattr(pod_check, "devices_of", lambda _: (jax.devices(), chip))
+    compiled = []
+    monkeypatch.setattr(
+        pod_check,
+        "jitted_step",
+        lambda config, layout: (compiled.append(config), jitted_step(config, layout))[1],
+    )
+    options = ["--compile-only", "--window-seconds=0.3", *SMALL]
+    assert train([*options, "--lora-rank=2", "--lora-targets", "query", "down"]) == OK
+    assert compiled[0].lora == LoraConfig(rank=2, targets=("query", "down"))
+    said = capsys.readouterr().out
+    assert "adapters of rank 2 of query, down" in said
+    assert said.splitlines()[-1] == "fits"
 
 
 def test_what_the_compiler_cannot_place_does_not_fit(monkeypatch):

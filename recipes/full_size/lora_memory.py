@@ -12,7 +12,6 @@ about as much; its own compiler decides.
 """
 
 import argparse
-import dataclasses
 
 GIB = 2**30
 CHIP = "v5p:2x2x1"
@@ -22,13 +21,11 @@ def state(stage: str, rank: int | None) -> str:
     """One line of the table of states."""
     import jax
 
-    from vampnet_jax.lora import LoraConfig
-    from vampnet_jax.training import pod_check
+    from vampnet_jax.training import begin
     from vampnet_jax.training.step import abstract_state
 
-    config, _ = pod_check.sizes(stage, None, {"dtype": "bfloat16"}, None)
-    if rank is not None:
-        config = dataclasses.replace(config, lora=LoraConfig(rank=rank))
+    settings = {"dtype": "bfloat16"}
+    config, _ = begin.sizes(begin.Request(preset=stage, settings=settings, lora={"rank": rank}))
     kept = abstract_state(config)
 
     def gib(tree: object) -> str:
@@ -43,15 +40,13 @@ def row(stage: str, batch: int, remat: str, rank: int | None) -> str:
     """One line of the table; without a rank all parameters are trained."""
     import jax
 
-    from vampnet_jax.lora import LoraConfig
-    from vampnet_jax.training import pod_check
+    from vampnet_jax.training import begin, pod_check
     from vampnet_jax.training.sharding import plan
     from vampnet_jax.training.step import abstract_state
 
     settings = {"batch_size": batch, "dtype": "bfloat16", "remat": remat}
-    config, n_frames = pod_check.sizes(stage, None, settings, None)
-    if rank is not None:
-        config = dataclasses.replace(config, lora=LoraConfig(rank=rank))
+    request = begin.Request(preset=stage, settings=settings, lora={"rank": rank})
+    config, n_frames = begin.sizes(request)
     trained = sum(x.size for x in jax.tree.leaves(abstract_state(config).params))
     devices, chip = pod_check.devices_of(CHIP)
     layout = plan(config.model, batch, None, devices=devices[:1])

@@ -16,11 +16,11 @@ GIB = 2**30
 
 def row(preset: str, topology: str, batch: int, remat: str, mesh: str | None) -> tuple[str, bool]:
     """One line of the table, and whether the step fits."""
-    from vampnet_jax.training import pod_check
+    from vampnet_jax.training import begin, pod_check
     from vampnet_jax.training.sharding import plan
 
     settings = {"batch_size": batch, "dtype": "bfloat16", "remat": remat}
-    config, n_frames = pod_check.sizes(preset, None, settings, None)
+    config, n_frames = begin.sizes(begin.Request(preset=preset, settings=settings))
     devices, chip = pod_check.devices_of(topology)
     layout = plan(config.model, batch, mesh, devices=devices)
     begin = f"| {preset} | {topology} | {batch} | {remat} |"

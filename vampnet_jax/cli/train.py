@@ -122,7 +122,8 @@ class TrainOptions:
     """For listening to a coarse run: a fine run, or a model, that adds the other codebooks."""
     compile_only: bool = False
     """Compile the step for the TPU pod of --topology, here, and say whether it fits (exit status 1:
-    it does not). Needs no TPU, no --out, and no TOKENS: without, the published codec's sizes."""
+    it does not). Needs no TPU, no --out, and no TOKENS: without, the published codec's sizes. With
+    --lora-rank and no --lora-from, adapters of the preset's model."""
     topology: str = "v5e:16x16"
     """For --compile-only: v5e, v5p or v6e and its shape, such as v5p:8x8x4."""
 
@@ -165,37 +166,30 @@ def main(argv: list[str] | None = None) -> int:
             from rich.console import Console
 
             from vampnet_jax import devices
-            from vampnet_jax.training import begin, distributed, loop, pod_check, remote
+            from vampnet_jax.training import begin, distributed, loop, pod_check
     except ImportError as error:
         raise InputError(
             f"Training needs the package {error.name}; install vampnet-jax[train]."
         ) from error
 
-    if options.compile_only:
-        devices.select("cpu")  # leaves this machine's own accelerators alone
-        tokens = None if options.data is None else remote.local(options.data)
-        fits = pod_check.check(
-            *pod_check.sizes(options.preset or "tiny", options.stage, settings, tokens),
-            options.topology,
-            options.mesh,
-            Console(),
-        )
-        return OK if fits else FAILED_CHECK
-    if options.out is None:
-        raise InputError("Give the folder of the run with --out.")
-    distributed.connect()
-    devices.keep_compiled_programs()  # a run that is continued starts sooner
     request = begin.Request(
         **{name: getattr(options, name) for name in ASKED},
         lora={name.removeprefix("lora_"): getattr(options, name) for name in LORA},
         settings=settings,
     )
+    if options.compile_only:
+        devices.select("cpu")  # leaves this machine's own accelerators alone
+        config, n_frames = begin.sizes(request)
+        fits = pod_check.check(config, n_frames, options.topology, options.mesh, Console())
+        return OK if fits else FAILED_CHECK
+    distributed.connect()
+    devices.keep_compiled_programs()  # a run that is continued starts sooner
     run = begin.begin(request)
     console = Console(quiet=jax.process_index() != 0)
     ending = loop.train(
         run.config,
         run.data,
-        options.out,
+        run.out,
         console,
         run.layout,
         initial=run.initial(),

@@ -19,11 +19,17 @@ from vampnet_jax.model import Params
 from vampnet_jax.training import remote
 from vampnet_jax.training.checkpoints import CONFIG, read_run, write_run
 from vampnet_jax.training.config import Preset, Stage, TrainConfig, adapting, preset_config
-from vampnet_jax.training.initial import Weights, load_adapted, load_stage
+from vampnet_jax.training.initial import (
+    Described,
+    Weights,
+    describe_stage,
+    load_adapted,
+    load_stage,
+)
 from vampnet_jax.training.listening import Listening, ListeningOptions
 from vampnet_jax.training.loop import TrainingData, open_data
 from vampnet_jax.training.sharding import Layout, plan
-from vampnet_jax.training.tokens import read_codebooks, read_manifest
+from vampnet_jax.training.tokens import CodecInfo, read_codebooks, read_manifest
 
 MAY_CHANGE = {
     "accumulate",
@@ -41,6 +47,9 @@ MAY_CHANGE = {
 """Settings that a continued run takes; all others are those that it began with."""
 DIMENSIONS = ("n_codebooks", "n_conditioning_codebooks", "n_layers", "n_heads", "embedding_dim")
 """Fields of `ModelConfig` that weights decide."""
+PUBLISHED_CODEC = CodecInfo("", "lac", 44100, 768, n_codebooks=14, codebook_size=1024)
+PUBLISHED_WIDTH = 8
+"""The codec of the published weights, and the width of its codebooks."""
 PACKAGES = ("vampnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -48,7 +57,8 @@ PACKAGES = ("vampnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 class Request:
     """What a person asks for; None where nothing is said."""
 
-    out: Path
+    out: Path | None = None
+    """Folder of the run; needed to begin or continue one."""
     data: str | Path | None = None
     """Folder of tokens: a path, or an address such as `gs://bucket/tokens`."""
     stage: Stage | None = None
@@ -76,6 +86,8 @@ class Request:
 class Run(NamedTuple):
     """A run that can be started or continued."""
 
+    out: Path
+    """Its folder."""
     config: TrainConfig
     facts: dict[str, Any]
     """What its config.json says besides: stage, data, codec and so on."""
@@ -107,12 +119,15 @@ def begin(request: Request) -> Run:
     Raises:
       InputError: anything does not fit, or the request forbids it.
     """
+    out = request.out
+    if out is None:
+        raise InputError("Give the folder of the run with --out.")
     if jax.process_count() == 1:
-        return _begin(request)
+        return _begin(request, out)
     run, error = None, None
     if jax.process_index() == 0:
         try:
-            run = _begin(request)
+            run = _begin(request, out)
         except InputError as problem:
             error = problem
     failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
@@ -120,30 +135,31 @@ def begin(request: Request) -> Run:
         raise error
     if failed:
         raise InputError("Process 0 could not begin the run; its message says why.")
-    return run or continued(Request(out=request.out, data=request.data, mesh=request.mesh))
+    return run or continued(Request(data=request.data, mesh=request.mesh), out)
 
 
-def _begin(request: Request) -> Run:
-    out = request.out
+def _begin(request: Request, out: Path) -> Run:
     if request.resume and request.new:
         raise InputError("--resume and --new exclude each other.")
     if not request.resume and not (out / CONFIG).exists():
-        return new(request)
+        return new(request, out)
     if request.new:
         raise InputError(
             f"{out} already holds a run; leave --new out to continue it, or choose another folder "
             "with --out."
         )
-    return continued(request)
+    return continued(request, out)
 
 
-def new(request: Request) -> Run:
+def new(request: Request, out: Path) -> Run:
     """Resolve the settings of a new run, check its data and make its folder.
 
     Raises:
       InputError: anything does not fit; nothing has been written then.
     """
-    out = request.out
+    if request.settings.get("seed") is None:
+        settings = {**request.settings, "seed": secrets.randbelow(2**31)}
+        request = dataclasses.replace(request, settings=settings)
     if request.data is None:
         raise InputError("Give the folder of tokens to train from.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -151,45 +167,24 @@ def new(request: Request) -> Run:
     folder = remote.local(request.data)
     manifest = read_manifest(folder)
     codebooks = read_codebooks(folder, manifest.codec)
-    settings = dict(request.settings)
-    if settings.get("seed") is None:
-        settings["seed"] = secrets.randbelow(2**31)
-    preset: Preset = request.preset or "tiny"
-    stage: Stage = request.stage or ("fine" if preset == "fine" else "coarse")
-    init_from, lora_from = _absolute(request.init_from), _absolute(request.lora_from)
-    if init_from is not None and lora_from is not None:
-        raise InputError("--init-from and --lora-from exclude each other.")
-    adapters = {name: value for name, value in request.lora.items() if value is not None}
-    if adapters and lora_from is None:
+    if request.lora_from is None and _adapts(request):
         raise InputError("LoRA adapters are of a model: name it with --lora-from.")
-    adapted = None
-    if init_from is not None:
-        source = _weights(init_from, stage, codebooks)
-        settings = _with_dimensions(settings, source.config, init_from)
-    if lora_from is not None:
-        if request.preset is not None:
-            raise InputError("--lora-from has a recipe of its own; leave --preset out.")
-        source = _weights(lora_from, stage, codebooks)
-        settings = _with_dimensions(settings, source.config, lora_from)
-        preset = stage
-        settings = adapting(settings, source.window / manifest.codec.frame_rate)
-        settings["lora"] = LoraConfig(**adapters)
-        adapted = {"source": lora_from, "fingerprint": fingerprint(source.params)}
-    config = preset_config(
-        preset,
-        stage,
-        settings,
-        codec_codebooks=manifest.codec.n_codebooks,
-        codebook_size=manifest.codec.codebook_size,
-        latent_dim=codebooks.shape[2],
-    )
+    stage, source = _stage(request), _source(request)
+    described, init_from, adapted = None, None, None
+    if source is not None:
+        described, weights = describe_stage(source, stage), _weights(source, stage, codebooks)
+        if _adapts(request):
+            adapted = {"source": source, "fingerprint": fingerprint(weights.params)}
+        else:
+            init_from = source
+    config = _resolved(request, described, manifest.codec, codebooks.shape[2])
     layout = plan(config.model, config.batch_size, request.mesh, accumulate=config.accumulate)
     data = open_data(config, folder)
     options = ListeningOptions(_absolute(request.codec), _absolute(request.fine_model))
     listening = _listening(config, options, data)
     facts = {
         "stage": stage,
-        "preset": preset,
+        "preset": _preset(request),
         "data": remote.absolute(request.data),
         "codec": dataclasses.asdict(manifest.codec),
         "init_from": init_from,
@@ -202,18 +197,45 @@ def new(request: Request) -> Run:
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
     write_run(out, config, facts)
-    return Run(config, facts, data, listening, layout)
+    return Run(out, config, facts, data, listening, layout)
 
 
-def continued(request: Request) -> Run:
+def sizes(request: Request) -> tuple[TrainConfig, int]:
+    """What a run would train, to be compiled and not trained: nothing large is read.
+
+    Args:
+      request: as for a run. What is missing is made up: the end of the run, tokens (those of the
+        model that is begun with or adapted, else of the published codec), and the model that
+        adapters are of (that of the preset, which is then by default the published one).
+
+    Returns:
+      The settings and T, the frames of an excerpt.
+
+    Raises:
+      InputError: impossible settings, no such model or run, or no token folder.
+    """
+    request = dataclasses.replace(request, settings={"steps": 1} | _given(request.settings))
+    source = _source(request)
+    described = None if source is None else describe_stage(source, _stage(request))
+    codec, width = PUBLISHED_CODEC, PUBLISHED_WIDTH
+    if request.data is not None:
+        folder = remote.local(request.data)
+        codec = read_manifest(folder).codec
+        width = read_codebooks(folder, codec).shape[2]
+    elif described is not None:
+        codec, width = described.codec, described.config.latent_dim
+    config = _resolved(request, described, codec, width)
+    return config, codec.frames(config.window_seconds)
+
+
+def continued(request: Request, out: Path) -> Run:
     """An existing run, with the few settings that may change.
 
     Raises:
       InputError: there is no run, or what is asked for is not what it began with.
     """
-    out = request.out
     config, facts = read_run(out)
-    given = {name: value for name, value in request.settings.items() if value is not None}
+    given = _given(request.settings)
     known = config.to_dict()
     known |= known.pop("model")
     for name, value in given.items():
@@ -259,7 +281,61 @@ def continued(request: Request) -> Run:
     facts |= {"data": remote.absolute(place), "listening": dataclasses.asdict(options)}
     if jax.process_index() == 0:
         write_run(out, config, facts)
-    return Run(config, facts, data, listening, layout)
+    return Run(out, config, facts, data, listening, layout)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _adapts(request: Request) -> bool:
+    return request.lora_from is not None or bool(_given(request.lora))
+
+
+def _stage(request: Request) -> Stage:
+    return request.stage or ("fine" if request.preset == "fine" else "coarse")
+
+
+def _preset(request: Request) -> Preset:
+    """Adapters are trained as the published models were, unless another recipe is asked for."""
+    return request.preset or (_stage(request) if _adapts(request) else "tiny")
+
+
+def _source(request: Request) -> str | None:
+    """The run or model to begin with or to adapt."""
+    if request.init_from is not None and request.lora_from is not None:
+        raise InputError("--init-from and --lora-from exclude each other.")
+    if request.lora_from is not None and request.preset is not None:
+        raise InputError("--lora-from has a recipe of its own; leave --preset out.")
+    return _absolute(request.init_from or request.lora_from)
+
+
+def _resolved(
+    request: Request, source: Described | None, codec: CodecInfo, latent_dim: int
+) -> TrainConfig:
+    """All settings of a run that begins.
+
+    Args:
+      request: what is not given comes from the preset.
+      source: what is begun with or adapted.
+      codec, latent_dim: of the tokens.
+    """
+    settings = _given(request.settings)
+    if source is not None:
+        name = str(request.init_from or request.lora_from)
+        settings = _with_dimensions(settings, source.config, name)
+    if _adapts(request):
+        window = None if source is None else source.window / codec.frame_rate
+        settings = adapting(settings, window)
+        settings["lora"] = LoraConfig(**_given(request.lora))
+    return preset_config(
+        _preset(request),
+        _stage(request),
+        settings,
+        codec_codebooks=codec.n_codebooks,
+        codebook_size=codec.codebook_size,
+        latent_dim=latent_dim,
+    )
 
 
 def _absolute(source: str | None) -> str | None:

@@ -290,12 +290,12 @@ def preset_config(
     return TrainConfig(model=ModelConfig(**model), **rest)
 
 
-def adapting(overrides: Mapping[str, Any], window_seconds: float) -> dict[str, Any]:
+def adapting(overrides: Mapping[str, Any], window_seconds: float | None) -> dict[str, Any]:
     """Settings for LoRA adapters of a model, to be completed by the preset of its stage.
 
     Args:
       overrides: fields of `TrainConfig` and `ModelConfig`; None means not given.
-      window_seconds: what the model reads at once.
+      window_seconds: what the model reads at once; None leaves it to the preset.
 
     Raises:
       InputError: neither steps nor minutes are given.
@@ -303,7 +303,8 @@ def adapting(overrides: Mapping[str, Any], window_seconds: float) -> dict[str, A
     given = {name: value for name, value in overrides.items() if value is not None}
     if not given.keys() & {"steps", "minutes"}:
         raise InputError("Give --steps, --minutes or both, so that training ends.")
-    return {**LORA, "window_seconds": window_seconds, **given}
+    window = {} if window_seconds is None else {"window_seconds": window_seconds}
+    return {**LORA, **window, **given}
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """Weights to begin a run from: those of another run, or of a model."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,42 @@ class Weights(NamedTuple):
     """Frames that it reads at once."""
 
 
+class Described(NamedTuple):
+    """What is known of a stage without loading it."""
+
+    config: ModelConfig
+    window: int
+    """Frames that it reads at once."""
+    codec: CodecInfo
+
+
+def describe_stage(source: str | Path, stage: str) -> Described:
+    """The dimensions of one stage, and the codec whose tokens it speaks.
+
+    Args:
+      source, stage: as for `load_stage`.
+
+    Raises:
+      InputError: as `load_stage`; only configuration files are read.
+    """
+    if is_run(source):
+        training, facts = read_run(Path(source))
+        if facts.get("stage") != stage:
+            raise InputError(
+                f"{source} trains the {facts.get('stage')} stage; the {stage} stage is needed."
+            )
+        codec = CodecInfo(**facts["codec"])
+        return Described(training.model, codec.frames(training.window_seconds), codec)
+    description = release.read_description(release.resolve(source))
+    try:
+        names = [field.name for field in dataclasses.fields(CodecInfo)]
+        codec = CodecInfo(**{name: description["codec"][name] for name in names})
+    except KeyError as error:
+        raise InputError(f"{source} does not say its codec's {error.args[0]}.") from None
+    config = ModelConfig(**description[stage]["config"])
+    return Described(config, description[stage]["window"], codec)
+
+
 def load_stage(source: str | Path, stage: str) -> Weights:
     """The weights of one stage.
 
@@ -33,18 +70,12 @@ def load_stage(source: str | Path, stage: str) -> Weights:
     Raises:
       InputError: neither, damaged, or a run of the other stage.
     """
+    window = describe_stage(source, stage).window
     if is_run(source):
-        training, facts = read_run(Path(source))
-        if facts.get("stage") != stage:
-            raise InputError(
-                f"{source} trains the {facts.get('stage')} stage; the {stage} stage is needed."
-            )
-        window = CodecInfo(**facts["codec"]).frames(training.window_seconds)
         return Weights(*load_run(source), window)
     directory = release.resolve(source)
-    description = release.read_description(directory)
-    loaded = release.load_stage(directory, stage, description)
-    return Weights(loaded.params, loaded.config, description[stage]["window"])
+    loaded = release.load_stage(directory, stage, release.read_description(directory))
+    return Weights(loaded.params, loaded.config, window)
 
 
 def load_adapted(facts: Mapping[str, Any]) -> Params:

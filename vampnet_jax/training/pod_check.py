@@ -6,10 +6,7 @@ chip, and refuses what does not fit.
 
 import dataclasses
 import importlib.util
-import math
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +16,12 @@ from rich.table import Table
 
 from codec_bridge.errors import InputError
 from vampnet_jax.training.collectives import Collective, collectives
-from vampnet_jax.training.config import Preset, Stage, TrainConfig, preset_config
+from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.flops import step_flops
 from vampnet_jax.training.sharding import Layout, plan
 from vampnet_jax.training.step import abstract_state, jitted_step
-from vampnet_jax.training.tokens import read_codebooks, read_manifest
 
 GIB = 2**30
-PUBLISHED_CODEC = (44100 / 768, 14, 1024, 8)
-"""Frames/s, codebooks, codes and their width of the codec of the published weights."""
 
 
 class Chip(NamedTuple):
@@ -174,34 +168,6 @@ def _computed_again(config: TrainConfig, n_frames: int) -> float:
     return config.batch_size * n_frames * model.n_layers * per_layer[model.remat]
 
 
-def sizes(
-    preset: Preset, stage: Stage | None, settings: Mapping[str, Any], tokens: Path | None
-) -> tuple[TrainConfig, int]:
-    """The configuration to compile, and the frames of an excerpt.
-
-    Args:
-      preset, stage, settings: as for a run; no end of the run need be given.
-      tokens: a folder of tokens, for its codec; None takes the published codec's sizes.
-
-    Raises:
-      InputError: impossible settings, or no token folder.
-    """
-    frame_rate, codebooks, codes, width = PUBLISHED_CODEC
-    if tokens is not None:
-        codec = read_manifest(tokens).codec
-        frame_rate, codebooks, codes = codec.frame_rate, codec.n_codebooks, codec.codebook_size
-        width = read_codebooks(tokens, codec).shape[2]
-    config = preset_config(
-        preset,
-        stage or ("fine" if preset == "fine" else "coarse"),
-        {"steps": 1} | {name: value for name, value in settings.items() if value is not None},
-        codec_codebooks=codebooks,
-        codebook_size=codes,
-        latent_dim=width,
-    )
-    return config, math.ceil(config.window_seconds * frame_rate)
-
-
 def check(
     config: TrainConfig, n_frames: int, topology: str, mesh: str | None, console: Console
 ) -> bool:
@@ -224,8 +190,16 @@ def check(
     axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     console.print(
         f"{topology}: {len(devices)} chips, mesh {axes}; batch {config.batch_size} of {n_frames} "
-        f"frames, {config.model.dtype}, remat {config.model.remat}"
+        f"frames, {config.model.dtype}, remat {config.model.remat}",
+        highlight=False,
     )
+    if config.lora is not None:
+        n_trained = sum(x.size for x in jax.tree.leaves(abstract_state(config).params))
+        console.print(
+            f"LoRA: {n_trained / 1e6:.1f} M parameters in adapters of rank {config.lora.rank} of "
+            f"{', '.join(config.lora.targets)}",
+            highlight=False,
+        )
     try:
         report = measure(compile_step(config, layout, n_frames), config, n_frames, chip)
     except DoesNotFit as error:
