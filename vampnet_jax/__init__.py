@@ -9,14 +9,20 @@ tokens = vampnet.vamp(model, tokens, mask, jax.random.key(0))
 audio = model.codec.decode(tokens)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from codec_bridge.errors import InputError
-from vampnet_jax import masks
-from vampnet_jax.config import ModelConfig
-from vampnet_jax.model import apply, init
-from vampnet_jax.release import Model, Stage, available_models, load, save
-from vampnet_jax.sampling import SamplingOptions, generate
-from vampnet_jax.streaming import stream
-from vampnet_jax.vamping import vamp
+
+if TYPE_CHECKING:
+    from vampnet_jax import masks
+    from vampnet_jax.config import ModelConfig
+    from vampnet_jax.model import apply, init
+    from vampnet_jax.pth import from_torch
+    from vampnet_jax.release import Model, Stage, available_models, load, save
+    from vampnet_jax.sampling import SamplingOptions, generate
+    from vampnet_jax.streaming import stream
+    from vampnet_jax.vamping import vamp
 
 __all__ = [
     "InputError",
@@ -37,9 +43,31 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "from_torch":  # the only part that needs torch
-        from vampnet_jax.pth import from_torch
+# Imported when first used: JAX takes its time, which `vampnet --help` need not wait for.
+_HOME = {
+    "Model": "release",
+    "ModelConfig": "config",
+    "SamplingOptions": "sampling",
+    "Stage": "release",
+    "apply": "model",
+    "available_models": "release",
+    "from_torch": "pth",
+    "generate": "sampling",
+    "init": "model",
+    "load": "release",
+    "save": "release",
+    "stream": "streaming",
+    "vamp": "vamping",
+}
 
-        return from_torch
+
+def __getattr__(name: str) -> Any:
+    if name == "masks":
+        return importlib.import_module("vampnet_jax.masks")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"vampnet_jax.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,51 @@
+"""The console script `vampnet`: light until it knows what to do, and Ctrl-C leaves no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import vampnet_jax as vampnet
+from vampnet_jax.cli.status import INTERRUPTED
+
+SCRIPT = "from vampnet_jax.cli import main; main()"
+"""What the installed script does."""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["nothing"]])
+def test_what_needs_no_command_imports_none_of_the_libraries(arguments):
+    code = (
+        "import atexit, sys\n"
+        "heavy = {'jax', 'numpy', 'flax', 'torch', 'tyro'}\n"
+        "atexit.register(lambda: print(heavy & sys.modules.keys()))\n"
+    )
+    command = [sys.executable, "-c", code + SCRIPT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("set()\n")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("module", ["tyro", "jax._src", "flax"])
+def test_ctrl_c_while_the_libraries_are_imported_leaves_no_traceback(module):
+    command = [sys.executable, "-X", "importtime", "-c", SCRIPT, "sample", "--seconds", "9"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # tells what is being imported
+            if module in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == INTERRUPTED
+    assert "Traceback" not in rest
+    assert rest.endswith("interrupted\n")
+
+
+def test_the_library_has_everything_that_it_names():
+    for name in vampnet.__all__:
+        assert getattr(vampnet, name) is not None
+        assert name in dir(vampnet)
+    with pytest.raises(AttributeError, match="no attribute 'vmap'"):
+        _ = vampnet.vmap
