@@ -18,6 +18,7 @@ from small_models import random_model
 
 import vampnet_jax as vampnet
 from vampnet_jax import cli, figures, pipeline, tokens
+from vampnet_jax.vamping import vamp
 
 RATE = 8000
 ROOT = Path(__file__).parent.parent
@@ -308,6 +309,10 @@ def results():
         ("brief", PERIODIC, "--top-p", "0.3"),
         ("brief", PERIODIC, "--typical-mass", "off"),
         ("brief", PERIODIC, "--typical-min-tokens", "40"),
+        ("brief", PERIODIC, "--order", "spread"),
+        ("brief", PERIODIC, "--codebook-steps", "1,2"),
+        ("brief", PERIODIC, "--entropy-bound", "9"),
+        ("brief", PERIODIC, "--guidance", "2"),
         ("brief", PERIODIC, "--fine-steps", "1"),
         ("brief", PERIODIC, "--fine-temperature", "3"),
         ("brief", PERIODIC, "--fine-mask-temperature", "0"),
@@ -316,6 +321,10 @@ def results():
         ("brief", PERIODIC, "--fine-top-p", "0.3"),
         ("brief", PERIODIC, "--fine-typical-mass", "None"),
         ("brief", PERIODIC, "--fine-typical-min-tokens", "40"),
+        ("brief", PERIODIC, "--fine-order", "spread"),
+        ("brief", PERIODIC, "--fine-codebook-steps", "1,2,1,1,1,1"),
+        ("brief", PERIODIC, "--fine-entropy-bound", "9"),
+        ("brief", PERIODIC, "--fine-guidance", "2"),
         ("brief", {}, "--preset", "small-variation"),
         ("wide", PERIODIC, "--stereo", None),
         ("clicks", PERIODIC, "--onset", "2"),
@@ -434,6 +443,40 @@ def test_device(sample, folder, without_pictures):
             refused(result, f"--device {device}: JAX finds no", Path("none"))
 
 
+@pytest.mark.parametrize("mesh", ["data=2", "tensor=2"])
+def test_a_mesh_of_two_devices_makes_the_same_music(
+    sample, folder, without_pictures, monkeypatch, mesh
+):
+    used = []
+
+    def watched(model, *args, **options):
+        used.append({len(x.sharding.device_set) for x in jax.tree.leaves(model.coarse.params)})
+        return vamp(model, *args, **options)
+
+    monkeypatch.setattr(pipeline, "vamp", watched)
+    options = [folder / "clip.wav", "--num-samples", "2"]
+    assert sample(*options, "-o", "one")[0] == 0
+    assert sample(*options, "-o", "two", "--mesh", mesh)[0] == 0
+    assert used == [{1}, {2}]
+    for name in ("clip_1.wav", "clip_2.wav", "clip_1.json"):
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+    again = ["--from-params", "one/clip_2.json", "--mesh", mesh, "-o", "again"]
+    assert sample(*again, model=None, quick=False)[0] == 0
+    assert Path("again/clip_2.wav").read_bytes() == Path("one/clip_2.wav").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        ("data=4", "needs 4 devices; there are 2"),
+        ("tensor=4", "does not divide"),
+        ("batch=2", "write sizes of data, fsdp and tensor"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sample, folder, mesh, words):
+    refused(sample(folder / "clip.wav", "--mesh", mesh), words)
+
+
 def test_compiled_programs_are_kept_in_the_users_cache(folder, tmp_path):
     environment = {name: value for name, value in os.environ.items() if "JAX_COMP" not in name}
     environment["XDG_CACHE_HOME"] = environment["LOCALAPPDATA"] = str(tmp_path / "cache")
@@ -469,6 +512,9 @@ def test_compiled_programs_are_kept_in_the_users_cache(folder, tmp_path):
         (["--prefix", "2"], "the clip lasts only 0.64 s"),
         (["--dropout", "1.5"], "--dropout is 1.5"),
         (["--keep-codebooks", "9"], "has 8 codebooks"),
+        (["--codebook-steps", "two"], "--codebook-steps is 'two'"),
+        (["--fine-codebook-steps", "1,1"], "2 numbers; the model predicts"),
+        (["--fine-entropy-bound", "1", "--fine-order", "spread"], "--fine-entropy-bound chooses"),
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--seed", "4294967296"], "--seed is 4294967296"),

@@ -12,16 +12,19 @@ from codec_bridge.errors import InputError
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 
-def select(device: Device) -> None:
+def select(device: Device) -> list[jax.Device]:
     """Make JAX compute on a kind of device; before anything is computed.
 
     "auto" leaves the choice to JAX (and to JAX_PLATFORMS): a TPU or GPU if there is one.
+
+    Returns:
+      All devices of that kind; JAX computes on the first.
 
     Raises:
       InputError: there is no such device here.
     """
     if device == "auto":
-        return
+        return jax.devices()
     if device not in get_args(Device):
         raise InputError(f"--device is {device!r}; choose one of {', '.join(get_args(Device))}.")
     if device == "cpu":
@@ -35,6 +38,7 @@ def select(device: Device) -> None:
             "--device cpu."
         ) from None
     jax.config.update("jax_default_device", found[0])
+    return found
 
 
 def keep_compiled_programs() -> None:

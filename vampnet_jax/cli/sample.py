@@ -13,7 +13,7 @@ from typing import Any
 
 from codec_bridge.audio import Audio, apply_gain, read, write
 from codec_bridge.errors import InputError
-from vampnet_jax import devices, figures, pipeline, tokens
+from vampnet_jax import devices, figures, pipeline, placement, tokens
 from vampnet_jax.cli.progress import StageBars
 from vampnet_jax.cli.results import (
     Record,
@@ -105,7 +105,7 @@ class Job:
 def _run(job: Job, record: Record | None, results: Results) -> None:
     options = job.options
     devices.keep_compiled_programs()
-    devices.select(options.device)
+    found = devices.select(options.device)
     model = load(options.model)
     if options.device == "cpu":
         model.codec.device = "cpu"
@@ -116,6 +116,9 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
             "made with; give the same model to repeat it."
         )
     _check_against_model(job, model)
+    if options.mesh is not None:
+        mesh = placement.mesh_of(options.mesh, model.coarse.config, found)
+        model = placement.divide(model, mesh)
     say(f"seed {job.seed}, model {model.name}, prompt {job.prompt.describe()}")
     with StageBars() as bars:
         for source in job.sources:
@@ -230,7 +233,7 @@ def _repeated(options: Options) -> tuple[Options, Record]:
     if dataclasses.replace(options, model=Options.model) != Options(**own):
         raise InputError(
             "--from-params repeats an earlier run with all its options; only INPUT, -o, "
-            "--overwrite, --device and --model go with it."
+            "--overwrite, --device, --mesh and --model go with it."
         )
     record = read_record(path)
     if set(record.options) != set(RECORDED):

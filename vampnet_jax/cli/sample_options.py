@@ -104,9 +104,11 @@ class Options:
     """A model in the box, or a model directory."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where the transformers compute; auto takes a GPU or TPU if JAX finds one."""
+    mesh: Annotated[str | None, arg(metavar="AXIS=N,...")] = None
+    """Divide the work over devices: sizes of data (the variations), tensor and fsdp (the model)."""
     from_params: Annotated[Path | None, arg(metavar="FILE.json")] = None
     """Repeat an earlier run from the .json beside its result, bit for bit on the same device and
-    versions. Goes with INPUT (other audio), -o, --overwrite, --device and --model only."""
+    versions. Goes with INPUT (other audio), -o, --overwrite, --device, --mesh and --model only."""
 
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Decoding steps of the coarse model. This and what follows is the model's own if left out."""
@@ -135,7 +137,7 @@ class Options:
     fine_typical_min_tokens: int | None = None
 
 
-NOT_RECORDED = ("input", "output", "overwrite", "device", "from_params")
+NOT_RECORDED = ("input", "output", "overwrite", "device", "mesh", "from_params")
 """Options that do not change a result, or of which the record says more."""
 RECORDED = [f.name for f in dataclasses.fields(Options) if f.name not in NOT_RECORDED]
 FREE_WITHOUT_INPUT = [
