@@ -2,9 +2,9 @@
 
     JAX_NUM_CPU_DEVICES=8 python tests/simulated_training.py MESH...
 
-MESH is as `train.py --mesh` takes it; with "+N" the batch is accumulated in N parts. Several
-processes make one job, as on a cluster, by the variables that `vampnet_jax.training.distributed`
-reads.
+MESH is as `train.py --mesh` takes it; with "+N" the batch is accumulated in N parts, with "+lora"
+adapters of a model that stays as it is are trained. Several processes make one job, as on a
+cluster, by the variables that `vampnet_jax.training.distributed` reads.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 STEPS, BATCH = 20, 16
+TARGETS = ("query", "key", "value", "out", "up", "down")
 
 
 def start(
@@ -56,16 +57,22 @@ def free_port() -> int:
 
 
 def train(mesh: str) -> dict:
-    """Losses of all steps, and the bytes of parameters and moments by device and in all."""
+    """Losses of all steps, and bytes by device and in all.
+
+    The bytes are those of parameters and moments, with adapters those of what they adapt.
+    """
     import jax
     import numpy as np
 
     import vampnet_jax as vampnet
+    from vampnet_jax.lora import LoraConfig
     from vampnet_jax.training.config import TrainConfig
+    from vampnet_jax.training.loop import with_frozen
     from vampnet_jax.training.sharding import plan
     from vampnet_jax.training.step import init_on, jitted_step
 
-    mesh, _, accumulate = mesh.partition("+")
+    mesh, _, way = mesh.partition("+")
+    adapts = way == "lora"
     model = vampnet.ModelConfig(
         n_codebooks=3,
         n_conditioning_codebooks=1,
@@ -76,8 +83,9 @@ def train(mesh: str) -> dict:
     )
     config = TrainConfig(
         model=model,
+        lora=LoraConfig(rank=2, alpha=8.0, targets=TARGETS) if adapts else None,
         batch_size=BATCH,
-        accumulate=int(accumulate or 1),
+        accumulate=1 if adapts else int(way or 1),
         steps=STEPS,
         schedule="constant",
         learning_rate=3e-3,
@@ -87,8 +95,12 @@ def train(mesh: str) -> dict:
     rng = np.random.default_rng(0)
     codebooks = rng.standard_normal((3, 32, 8)).astype(np.float32)
     state = init_on(layout, config, codebooks, np.full((3, 32), 1 / 32))
-    trained = jax.tree.leaves((state.params, state.moments))
-    parts = [part for leaf in trained for part in leaf.addressable_shards]
+    if adapts:
+        state = with_frozen(
+            state, vampnet.init(jax.random.key(1), model, codebooks), config, layout
+        )
+    divided = jax.tree.leaves(state.frozen if adapts else (state.params, state.moments))
+    parts = [part for leaf in divided for part in leaf.addressable_shards]
     by_device = [
         sum(part.data.nbytes for part in parts if part.device == device)
         for device in layout.mesh.local_devices
@@ -105,7 +117,7 @@ def train(mesh: str) -> dict:
         "losses": losses,
         "devices": layout.mesh.size,
         "bytes": by_device,
-        "total": sum(leaf.nbytes for leaf in trained),
+        "total": sum(leaf.nbytes for leaf in divided),
     }
 
 

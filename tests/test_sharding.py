@@ -20,6 +20,7 @@ from vampnet_jax.training.step import abstract_state
 SMALL = vampnet.ModelConfig(n_codebooks=3, n_layers=2, n_heads=2, embedding_dim=16, vocab_size=32)
 ONE_DEVICE = "data=1,fsdp=1,tensor=1"
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"]
+LORA = "data=2,fsdp=2,tensor=2+lora"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def runs() -> dict[str, dict]:
     """The same training on one and on eight simulated devices, and in two processes of four."""
     coordinator = f"localhost:{simulated.free_port()}"
     several = [simulated.start(4, "fsdp=8+2", job=(coordinator, 2, n)) for n in range(2)]
-    one = simulated.start(8, ONE_DEVICE, *MESHES)
+    one = simulated.start(8, ONE_DEVICE, *MESHES, f"{ONE_DEVICE}+lora", LORA)
     # Gloo prints before the result.
     joined, apart = (
         json.loads(simulated.finish(*each).splitlines()[-1]) for each in (several, [one])
@@ -36,9 +37,9 @@ def runs() -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MESHES, "two processes, accumulating"])
+@pytest.mark.parametrize("name", [*MESHES, "two processes, accumulating", LORA])
 def test_losses_are_the_same_on_one_and_eight_devices_and_in_two_processes(runs, name):
-    wanted, found = runs[ONE_DEVICE], runs[name]
+    wanted, found = runs[ONE_DEVICE + "+lora" * (name == LORA)], runs[name]
     assert (wanted["devices"], found["devices"]) == (1, 8)
     assert len(found["losses"]) == simulated.STEPS
     np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=1e-5)
@@ -48,9 +49,16 @@ def test_losses_are_the_same_on_one_and_eight_devices_and_in_two_processes(runs,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shards"),
-    [("fsdp=8", 8), ("data=2,fsdp=2,tensor=2", 4), ("two processes, accumulating", 8)],
+    [
+        ("fsdp=8", 8),
+        ("data=2,fsdp=2,tensor=2", 4),
+        ("two processes, accumulating", 8),
+        (LORA, 4),
+    ],
 )
-def test_each_device_holds_its_share_of_parameters_and_moments(runs, name, shards):
+def test_each_device_holds_its_share_of_parameters_and_moments_or_what_is_adapted(
+    runs, name, shards
+):
     found = runs[name]
     assert max(found["bytes"]) <= found["total"] / shards * 1.05
 

@@ -161,8 +161,7 @@ def train(
 
     if config.lora is not None:
         assert initial is not None
-        places = layout.shardings(abstract_state(config)).frozen
-        state = state._replace(frozen=jax.device_put(freeze(initial(), config), places))
+        state = with_frozen(state, initial(), config, layout)
 
     # --- loop
     peak = flops.peak(config)
@@ -197,6 +196,14 @@ def with_weights(state: TrainState, params: Params) -> TrainState:
     places = jax.tree.map(lambda x: x.sharding, state.params)
     chosen = jax.device_put(without_codebooks(params), places)
     return state._replace(params=chosen, ema=jax.tree.map(jnp.copy, chosen) if state.ema else {})
+
+
+def with_frozen(
+    state: TrainState, params: Params, config: TrainConfig, layout: Layout
+) -> TrainState:
+    """A state of a LoRA run with the parameters that are adapted, divided over the mesh."""
+    places = layout.shardings(abstract_state(config)).frozen
+    return state._replace(frozen=jax.device_put(freeze(params, config), places))
 
 
 def _announce(
