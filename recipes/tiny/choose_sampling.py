@@ -5,15 +5,12 @@ correlation with it, and the change of level in dB (before the loudness is resto
 goes into the model's config.json by `assemble.py`.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
-from evaluate import chroma_correlation, clips, mel_distance
+from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
+from vampnet_jax.evaluation.distances import mel_distance
 from vampnet_jax.prompts import preset
 from vampnet_jax.sampling import SamplingOptions
 
@@ -39,21 +36,12 @@ WAYS: dict[str, tuple[dict, dict]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="tiny", help="name or directory")
-    parser.add_argument("--music", type=Path, default=Path("data/music"))
-    parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
-    parser.add_argument("--clips", type=int, default=1, help="10 s clips per source")
+    parser = options(__doc__, n_clips=1)
     parser.add_argument("--preset", default="medium-variation")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    index = json.loads((a.music / "index.json").read_text())
-    names = [name for name in json.loads(a.split.read_text())["validation"] if name in index]
-    audio = [clip for _, clip in clips(a.music, names, index, a.clips, 10.0)]
+    audio = [clip for _, clip in clips(a.music, a.split, "validation", a.clips)]
     model = vampnet.load(a.model)
     codec = model.codec
     tokens = [codec.encode(clip[None]) for clip in audio]

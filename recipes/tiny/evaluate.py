@@ -1,84 +1,23 @@
 """Measure tiny on the test split: codec, masked-token losses, and how far variations stray.
 
-Prints a Markdown table per topic, for the model card, and writes all figures as JSON. Mel distance
-is the sum over (window, mels) of (2048, 150) and (512, 80) of the mean |difference| of log10 mel
-magnitudes at 24 kHz, hop = window/4, clamped at 1e-5 (about that of VampNet, section 4). Chroma
-correlation says whether the same notes sound: 1 is the same, 0 is chance.
+Prints a Markdown table per topic, for the model card, and writes all figures as JSON.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import librosa
 import numpy as np
-import soundfile
+from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
+from vampnet_jax.evaluation.distances import mel_distance
 from vampnet_jax.prompts import preset
 from vampnet_jax.release import Model, Stage
 from vampnet_jax.training.excerpts import choose_tracks, long_enough
 from vampnet_jax.training.tokens import TrackReader, read_manifest
 from vampnet_jax.training.validation import Validation, token_frequencies
-
-SAMPLE_RATE = 24_000
-
-
-def log_mel(audio: np.ndarray, window: int, mels: int) -> np.ndarray:
-    """log10 of mel magnitudes, `[mels, frames]`."""
-    mel = librosa.feature.melspectrogram(
-        y=audio,
-        sr=SAMPLE_RATE,
-        n_fft=window,
-        hop_length=window // 4,
-        n_mels=mels,
-        power=1.0,
-    )
-    return np.log10(np.maximum(mel, 1e-5))
-
-
-def mel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between two mono clips at 24 kHz; the longer one is cut."""
-    n = min(len(a), len(b))
-    pairs = [(log_mel(a[:n], *s), log_mel(b[:n], *s)) for s in ((2048, 150), (512, 80))]
-    return float(sum(np.abs(x - y).mean() for x, y in pairs))
-
-
-def chroma_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over frames (170 ms long) of the correlation of two clips' pitch-class profiles."""
-    n = min(len(a), len(b))
-    x, y = (
-        librosa.feature.chroma_stft(y=clip[:n], sr=SAMPLE_RATE, n_fft=4096, hop_length=1024)
-        for clip in (a, b)
-    )
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    norms = np.linalg.norm(x, axis=0) * np.linalg.norm(y, axis=0)
-    sounding = norms > 0
-    return (
-        float(((x * y).sum(axis=0)[sounding] / norms[sounding]).mean()) if sounding.any() else 0.0
-    )
-
-
-def clips(
-    music: Path, names: list[str], index: dict, per_source: int, seconds: float
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(source, audio float32 `[samples]`) of evenly spaced places, at -24 LUFS per track."""
-    by_source: dict[str, list[str]] = {}
-    for name in sorted(names):
-        if index[name]["seconds"] > seconds:
-            by_source.setdefault(name.split("/")[0], []).append(name)
-    for source, tracks in by_source.items():
-        room = np.cumsum([index[name]["seconds"] - seconds for name in tracks])
-        for place in (np.arange(per_source) + 0.5) / per_source * room[-1]:
-            at = int(np.searchsorted(room, place, side="right"))
-            start = int((place - (room[at - 1] if at else 0)) * SAMPLE_RATE)
-            length = int(seconds * SAMPLE_RATE)
-            audio, _ = soundfile.read(music / f"{tracks[at]}.wav", length, start, dtype="float32")
-            gain = 10 ** ((-24 - index[tracks[at]]["loudness"]) / 20)
-            yield source, audio * min(gain, 1 / max(float(np.abs(audio).max()), 1e-4))
 
 
 def measure_codec(
@@ -152,29 +91,20 @@ def measure_variations(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="tiny", help="name or directory")
-    parser.add_argument("--music", type=Path, default=Path("data/music"))
+    parser = options(__doc__, n_clips=4)
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
-    parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation.json"))
-    parser.add_argument("--clips", type=int, default=4, help="10 s clips per source")
     parser.add_argument("--varied", type=int, default=2, help="of these clips, how many to vary")
     parser.add_argument("--excerpts", type=int, default=96, help="windows for the losses")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    for path in (a.music / "index.json", a.tokens / "manifest.json", a.split):
-        if not path.exists():
-            sys.exit(f"{path} does not exist; recipes/tiny/README.md says how it is made")
-    index = json.loads((a.music / "index.json").read_text())
-    names = [name for name in json.loads(a.split.read_text())["test"] if name in index]
+    path = a.tokens / "manifest.json"
+    if not path.exists():
+        sys.exit(f"{path} does not exist; recipes/tiny/README.md says how it is made")
     model = vampnet.load(a.model)
     manifest = read_manifest(a.tokens)
     if manifest.codec.fingerprint != model.codec.fingerprint:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
-    audio = list(clips(a.music, names, index, a.clips, 10.0))
+    audio = list(clips(a.music, a.split, "test", a.clips))
     result: dict = {"codec": measure_codec(model, audio)}
     print("\n| codec alone | mel distance | chroma correlation |\n|---|---|---|")
     for source, (distance, chroma) in result["codec"].items():

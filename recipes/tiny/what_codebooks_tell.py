@@ -4,32 +4,20 @@ For every n, clips of the validation split with the true first n codebooks, the 
 the models or drawn at random: mel distance to the input and chroma correlation with it.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from evaluate import chroma_correlation, clips, mel_distance
+from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
+from vampnet_jax.evaluation.distances import mel_distance
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="tiny", help="name or directory")
-    parser.add_argument("--music", type=Path, default=Path("data/music"))
-    parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
-    parser.add_argument("--clips", type=int, default=1, help="10 s clips per source")
+    parser = options(__doc__, n_clips=1)
     parser.add_argument("--kept", type=int, nargs="+", default=[2, 3, 4, 8, 16])
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    index = json.loads((a.music / "index.json").read_text())
-    names = [name for name in json.loads(a.split.read_text())["validation"] if name in index]
-    audio = [clip for _, clip in clips(a.music, names, index, a.clips, 10.0)]
+    audio = [clip for _, clip in clips(a.music, a.split, "validation", a.clips)]
     model = vampnet.load(a.model)
     rng = np.random.default_rng(a.seed)
     print("| kept codebooks | others | mel distance | chroma correlation |\n|---|---|---|---|")
