@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vampnet_jax import filters
-from vampnet_jax.sampling import inverse_cdf, schedule
+from vampnet_jax.drawing import inverse_cdf
+from vampnet_jax.unmasking import schedule
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "filters.npz")
 LOGITS = jnp.asarray(GOLDEN["logits"])

@@ -1,6 +1,7 @@
 """Decoding does what its description says, example by example and step by step."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from codec_bridge.errors import InputError
-from vampnet_jax import model, sampling
+from vampnet_jax import model, sampling, unmasking
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.sampling import SamplingOptions, generate
 
@@ -53,7 +54,7 @@ def reference(params, tokens, mask, key, config, options):
         confidence = confidence + options.mask_temperature * (1 - r) * gumbel
         tokens[cc:] = np.where(mask[cc:], drawn, tokens[cc:])
         still = mask.sum()
-        k = int(np.floor(np.float32(sampling.schedule(options.steps)[i]) * np.float32(n0)))
+        k = int(np.floor(np.float32(unmasking.schedule(options.steps)[i]) * np.float32(n0)))
         k = max(1, min(k, still - 1)) if i < options.steps - 1 else 0
         confidence = np.where(mask[cc:], confidence, np.inf)
         order = np.argsort(confidence.T.reshape(-1), kind="stable")[: min(k, still)]
@@ -88,19 +89,19 @@ def test_the_number_still_masked_follows_the_schedule(monkeypatch):
     params, tokens, mask = make(COARSE)
     options = SamplingOptions(steps=8, typical_mass=None)
     seen = []
-    original = sampling._least_confident
+    original = unmasking.least_confident
 
     def spy(confidence, masked, count):
         again = original(confidence, masked, count)
         jax.debug.callback(lambda n: seen.append(n), jnp.sum(again, axis=(1, 2)), ordered=True)
         return again
 
-    monkeypatch.setattr(sampling, "_least_confident", spy)
+    monkeypatch.setattr(unmasking, "least_confident", spy)
     keys = jax.random.split(jax.random.key(0), 3)
     with jax.default_device(jax.devices()[0]):
         jax.block_until_ready(
-            sampling._generate.__wrapped__(
-                params, tokens, mask, keys, jnp.int32(20), COARSE, sampling._traced(options)
+            sampling.decode(
+                params, tokens, mask, keys, jnp.int32(20), COARSE, sampling.traced(options)
             )
         )
     jax.effects_barrier()
@@ -188,12 +189,12 @@ def test_one_key_is_folded_per_example_and_legacy_keys_are_the_same():
 
 def test_changing_values_of_options_never_recompiles():
     params, tokens, mask = make(COARSE)
-    every = {"top_k": 10, "top_p": 0.9, "steps": 3}
+    every = {"top_k": 10, "top_p": 0.9, "steps": 3, "guidance": 0.5}
     generate(params, tokens, mask, jax.random.key(0), COARSE, SamplingOptions(**every))
     size = sampling._generate._cache_size()
     for changed in (
         {"temperature": 2}, {"mask_temperature": 0}, {"sample_cutoff": 0.3}, {"top_k": 3},
-        {"top_p": 1}, {"typical_mass": 0.9}, {"typical_min_tokens": 1},
+        {"top_p": 1}, {"typical_mass": 0.9}, {"typical_min_tokens": 1}, {"guidance": 1},
     ):  # fmt: skip
         options = SamplingOptions(**{**every, **changed})
         generate(params, tokens, mask, jax.random.key(1), COARSE, options)
@@ -205,6 +206,8 @@ def test_changing_values_of_options_never_recompiles():
     [
         {"temperature": 3.0}, {"mask_temperature": 0.0}, {"sample_cutoff": 0.0}, {"top_k": 1},
         {"top_p": 0.05}, {"typical_mass": 0.95}, {"typical_min_tokens": 40}, {"steps": 5},
+        {"order": "spread"}, {"codebook_steps": (2, 1, 1)}, {"entropy_bound": 9.0},
+        {"guidance": 2.0},
     ],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
@@ -234,6 +237,8 @@ def test_works_under_jit_and_vmap():
         {"steps": 0}, {"temperature": -1}, {"temperature": 0}, {"temperature": float("nan")},
         {"mask_temperature": -0.1}, {"top_k": 0}, {"top_p": -0.5}, {"typical_mass": -1},
         {"sample_cutoff": -1}, {"typical_min_tokens": 0}, {"steps": 2.5}, {"top_k": float("inf")},
+        {"order": "left"}, {"codebook_steps": (4, 0)}, {"entropy_bound": -1.0}, {"guidance": -1},
+        {"entropy_bound": 1.0, "order": "spread"}, {"entropy_bound": 1.0, "codebook_steps": (1, 1)},
     ],
     ids=str,
 )  # fmt: skip
@@ -249,6 +254,8 @@ def test_shapes_that_do_not_fit_are_refused():
         generate(params, tokens[:, :2], mask[:, :2], key, COARSE, options)
     with pytest.raises(ValueError, match="must be alike"):
         generate(params, tokens, mask[:, :, :5], key, COARSE, options)
+    with pytest.raises(InputError, match="2 numbers; the model predicts 3 codebooks"):
+        generate(params, tokens, mask, key, COARSE, SamplingOptions(codebook_steps=(1, 1)))
     with pytest.raises(ValueError, match="keys for 3 examples"):
         generate(params, tokens, mask, jax.random.split(key, 2), COARSE, options)
 
@@ -264,3 +271,108 @@ def test_padding_changes_nothing(config):
     got = generate(params, padded, masked, key, config, options, n_frames=20)
     np.testing.assert_array_equal(got[..., :20], want)
     np.testing.assert_array_equal(got[..., 20:], noise)
+
+
+FASTER = [
+    SamplingOptions(steps=5, order="spread"),
+    SamplingOptions(codebook_steps=(3, 2, 1), mask_temperature=1.0),
+    SamplingOptions(codebook_steps=(3, 2, 1), order="spread"),
+    SamplingOptions(steps=30, entropy_bound=20.0, mask_temperature=0.5),
+    SamplingOptions(steps=3, guidance=1.5),
+]
+NAMES = ["spread", "by codebook", "by codebook, spread", "entropy bound", "guidance"]
+
+
+@pytest.mark.parametrize("options", FASTER, ids=NAMES)
+def test_faster_ways_keep_what_is_kept_and_treat_every_example_alone(options):
+    params, tokens, mask = make(COARSE)
+    keys = jax.random.split(jax.random.key(5), 3)
+    got = generate(params, tokens, mask, keys, COARSE, options)
+    np.testing.assert_array_equal(jnp.where(mask, 0, got), jnp.where(mask, 0, tokens))
+    assert 0 <= got.min() <= got.max() < COARSE.vocab_size
+    assert (got != tokens)[mask].mean() > 0.5
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = generate(params, tokens[one], mask[one], keys[one], COARSE, options)
+        np.testing.assert_array_equal(alone[0], got[b])
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 6)), constant_values=1) for x in (tokens, mask)]
+    longer = generate(params, *padded, keys, COARSE, options, n_frames=20)
+    np.testing.assert_array_equal(longer[..., :20], got)
+    nothing = generate(params, tokens, jnp.zeros_like(mask), keys, COARSE, options)
+    np.testing.assert_array_equal(nothing, tokens)
+
+
+def settled_by_step(monkeypatch, options: SamplingOptions, mask: jax.Array) -> list[np.ndarray]:
+    """What each step of a run over COARSE settles, bool [B, T, C]."""
+    params, tokens, _ = make(COARSE)
+    seen = []
+    original = model.frame_features
+
+    def spy(params, tokens, config, **options):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), tokens, ordered=True)
+        return original(params, tokens, config, **options)
+
+    monkeypatch.setattr(model, "frame_features", spy)
+    keys = jax.random.split(jax.random.key(0), 3)
+    arguments = (params, tokens, mask, keys, jnp.int32(20), COARSE, sampling.traced(options))
+    jax.block_until_ready(sampling.decode(*arguments))
+    jax.effects_barrier()
+    masked = [np.swapaxes(x == COARSE.mask_token, 1, 2) for x in seen]
+    masked.append(np.zeros_like(masked[0]))
+    return [before & ~after for before, after in itertools.pairwise(masked)]
+
+
+def test_spread_settles_frames_far_from_each_other(monkeypatch):
+    everything = jnp.ones((3, 3, 20), bool)
+    steps = settled_by_step(monkeypatch, SamplingOptions(steps=10, order="spread"), everything)
+    first = steps[1]  # of 20 frames and 3 codebooks, about two tokens at the second step
+    counts = [int(step[0].sum()) for step in steps]
+    gamma = unmasking.schedule(10)
+    still = [60, *(int(np.floor(np.float32(60) * g)) for g in gamma[:-1]), 0]
+    assert counts == [a - b for a, b in itertools.pairwise(still)]
+    for example in first:
+        for codebook in example.T:
+            assert (np.diff(np.flatnonzero(codebook)) > 1).all()
+
+
+def test_codebooks_are_settled_one_after_the_other(monkeypatch):
+    everything = jnp.ones((3, 3, 20), bool)
+    steps = settled_by_step(monkeypatch, SamplingOptions(codebook_steps=(3, 1, 2)), everything)
+    codebooks = [np.flatnonzero(step.any((0, 1))).tolist() for step in steps]
+    assert codebooks == [[0], [0], [0], [1], [2], [2]]
+    assert [int(step[0].sum()) for step in steps[3:]] == [20, 6, 14]
+
+
+def test_a_bound_on_entropy_ends_early_and_a_tight_one_takes_all_steps(monkeypatch):
+    _, _, mask = make(COARSE)
+    at_once = settled_by_step(monkeypatch, SamplingOptions(steps=9, entropy_bound=1e9), mask)
+    assert len(at_once) == 1
+    one_by_one = settled_by_step(monkeypatch, SamplingOptions(steps=9, entropy_bound=0.0), mask)
+    assert [int(step[0].sum()) for step in one_by_one[:-1]] == [1] * 8
+    some = settled_by_step(monkeypatch, SamplingOptions(steps=99, entropy_bound=30.0), mask)
+    assert 1 < len(some) < 99
+
+
+def test_guidance_pushes_away_from_the_input_without_a_prompt():
+    params, tokens, mask = make(COARSE)
+    key, config = jax.random.key(0), COARSE
+    likeliest = SamplingOptions(steps=1, sample_cutoff=0.0, typical_mass=None)
+    got = generate(params, tokens, mask, key, config, dataclasses.replace(likeliest, guidance=2.0))
+    prompted = model.apply(params, jnp.where(mask, config.mask_token, tokens), config)
+    empty = model.apply(params, jnp.full_like(tokens, config.mask_token), config)
+    want = jnp.argmax(prompted + 2 * (prompted - empty), axis=-1)
+    np.testing.assert_array_equal(got, jnp.where(mask, want, tokens))
+    none = generate(params, tokens, mask, key, config, dataclasses.replace(likeliest, guidance=0))
+    np.testing.assert_array_equal(none, generate(params, tokens, mask, key, config, likeliest))
+
+
+def test_how_the_steps_are_divided_into_programs_changes_nothing():
+    params, tokens, mask = make(FINE)
+    keys = jax.random.split(jax.random.key(0), 3)
+    results = []
+    options = sampling.traced(SamplingOptions(steps=6, mask_temperature=1.0))
+    run = jax.jit(sampling.decode, static_argnums=(5, 7))
+    for segments in (1, 2, 6):
+        results.append(run(params, tokens, mask, keys, jnp.int32(20), FINE, options, segments))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])

@@ -102,9 +102,14 @@ def frame_features(
     return _module(params, config)(tokens, config, bias, seeds, adapters, place)
 
 
-def frame_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """The head alone: `frame_features` of any frames `[B, T, D]` → float32 `[B, T, Cp, V]`."""
-    return _module(params, config).head(x)
+def frame_logits(
+    params: Params, x: jax.Array, config: ModelConfig, codebook: jax.Array | int | None = None
+) -> jax.Array:
+    """The head alone: `frame_features` of any frames `[B, T, D]` → float32 `[B, T, Cp, V]`.
+
+    Of the predicted codebooks only one if it is given, `[B, T, 1, V]`.
+    """
+    return _module(params, config).head(x, codebook)
 
 
 def position_bias(params: Params, n_frames: int, config: ModelConfig) -> jax.Array:

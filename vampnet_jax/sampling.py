@@ -2,13 +2,13 @@
 
 One step draws a token for every masked position, keeps those the model is surest of, and masks
 the rest again; how many stay masked falls along a cosine (MaskGIT: Chang et al. 2022). All steps
-are one `lax.scan` in one compiled program per (shape, steps, filters in use); the values of the
-options are traced, so changing them never recompiles.
+are one compiled program per (shape, steps, order, options in use); the values of the options are
+traced, so changing them never recompiles. Ways that need fewer steps are options, off by default.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,18 @@ import numpy as np
 from jax import lax
 
 from codec_bridge.errors import InputError
-from vampnet_jax import model
+from vampnet_jax import model, unmasking
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.drawing import Drawn, draw
 from vampnet_jax.filters import filter_logits
+
+SEGMENTS = 3
+"""See `decode`; measured by `benchmarks/one_by_one.py`."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    meta_fields=["steps"],
+    meta_fields=["steps", "order", "codebook_steps"],
     data_fields=[
         "temperature",
         "mask_temperature",
@@ -32,6 +36,8 @@ from vampnet_jax.filters import filter_logits
         "top_p",
         "typical_mass",
         "typical_min_tokens",
+        "entropy_bound",
+        "guidance",
     ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,16 @@ class SamplingOptions:
     """Draw from the tokens of typical surprisal that hold this probability; None: off."""
     typical_min_tokens: int = 64
     """Typical filtering keeps at least this many tokens."""
+    order: Literal["confidence", "spread"] = "confidence"
+    """Which tokens a step settles. spread: positions chosen before anything is drawn, evenly over
+    time, so that only they need drawing; mask_temperature then does nothing."""
+    codebook_steps: tuple[int, ...] | None = None
+    """Steps of each predicted codebook, one codebook after the other, instead of `steps`."""
+    entropy_bound: float | None = None
+    """Settle as many of the surest tokens per step as tell no more than this many nats in all;
+    ends early, and `steps` is the limit. With order confidence, without codebook_steps."""
+    guidance: float | None = None
+    """Push the logits away from those of an input without a prompt, by this much."""
 
     def __post_init__(self) -> None:
         # Under jit the fields are tracers, which have no values to check.
@@ -61,7 +77,10 @@ class SamplingOptions:
             value = getattr(self, name)
             if isinstance(value, int | float) and not (isinstance(value, int) and value >= 1):
                 raise InputError(f"{name} is {value}; it must be a whole number of at least 1.")
-        for name in ("mask_temperature", "sample_cutoff", "top_p", "typical_mass"):
+        for name in (
+            "mask_temperature", "sample_cutoff", "top_p", "typical_mass", "entropy_bound",
+            "guidance",
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, int | float) and not 0 <= value < np.inf:
                 raise InputError(f"{name} is {value}; it must be a number of at least 0.")
@@ -70,22 +89,24 @@ class SamplingOptions:
                 f"temperature is {self.temperature}; it must be above 0 (for the likeliest token "
                 "at every step set sample_cutoff to 0)."
             )
+        if self.order not in ("confidence", "spread"):
+            raise InputError(f"order is {self.order!r}; it must be confidence or spread.")
+        if self.codebook_steps is not None:
+            object.__setattr__(self, "codebook_steps", tuple(self.codebook_steps))  # of a list
+            if not all(isinstance(n, int) and n >= 1 for n in self.codebook_steps):
+                raise InputError(
+                    f"codebook_steps is {self.codebook_steps}; each must be a whole number of at "
+                    "least 1."
+                )
+        if self.entropy_bound is not None and (self.order == "spread" or self.codebook_steps):
+            raise InputError(
+                "entropy_bound chooses the surest tokens of all codebooks; use it without "
+                "codebook_steps and with order confidence."
+            )
 
 
 COARSE_DEFAULTS = SamplingOptions()
 FINE_DEFAULTS = SamplingOptions(steps=2)
-
-
-def schedule(steps: int) -> np.ndarray:
-    """γ after each of S steps, the share of tokens still masked; float32 `[S]`.
-
-    The argument of the cosine is rounded to float32 as in the original (cos(π/3) is 0.49999997),
-    since other roundings give other counts.
-    """
-    r = np.arange(1, steps + 1, dtype=np.float32) / np.float32(steps)
-    angle = r * np.float32(np.pi / 2)
-    gamma = np.cos(angle.astype(np.float64)).astype(np.float32)
-    return np.maximum(gamma, np.float32(1e-10))
 
 
 def generate(
@@ -119,14 +140,21 @@ def generate(
 
     Raises:
       ValueError: shapes do not fit each other or the configuration.
+      InputError: there are not as many `codebook_steps` as predicted codebooks.
     """
     if tokens.ndim != 3 or tokens.shape[1] != config.n_codebooks:
         raise ValueError(f"tokens are {tokens.shape}; the model needs [B, {config.n_codebooks}, T]")
     if mask.shape != tokens.shape:
         raise ValueError(f"mask is {mask.shape} and tokens are {tokens.shape}; they must be alike")
+    by_codebook, predicted = options.codebook_steps, config.n_predicted_codebooks
+    if by_codebook is not None and len(by_codebook) != predicted:
+        raise InputError(
+            f"codebook_steps has {len(by_codebook)} numbers; the model predicts {predicted} "
+            "codebooks."
+        )
     keys = example_keys(key, tokens.shape[0])
     n_frames = jnp.asarray(tokens.shape[2] if n_frames is None else n_frames, jnp.int32)
-    return _generate(params, tokens, mask, keys, n_frames, config, _traced(options))
+    return _generate(params, tokens, mask, keys, n_frames, config, traced(options))
 
 
 def example_keys(key: jax.Array, n_examples: int) -> jax.Array:
@@ -140,19 +168,19 @@ def example_keys(key: jax.Array, n_examples: int) -> jax.Array:
     return key
 
 
-def _traced(options: SamplingOptions) -> SamplingOptions:
+def traced(options: SamplingOptions) -> SamplingOptions:
     """The options as arrays of fixed types, so that 1 and 1.0 share a program."""
     integers = ("top_k", "typical_min_tokens")
     values: dict[str, Any] = {
         field.name: jnp.asarray(value, jnp.int32 if field.name in integers else jnp.float32)
         for field in dataclasses.fields(options)
-        if field.name != "steps" and (value := getattr(options, field.name)) is not None
+        if field.name not in ("steps", "order", "codebook_steps")
+        and (value := getattr(options, field.name)) is not None
     }
     return dataclasses.replace(options, **values)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _generate(
+def decode(
     params: model.Params,
     tokens: jax.Array,
     mask: jax.Array,
@@ -160,45 +188,136 @@ def _generate(
     n_frames: jax.Array,
     config: ModelConfig,
     options: SamplingOptions,
+    segments: int = SEGMENTS,
 ) -> jax.Array:
+    """`generate` without its checks, not compiled; config and segments are static.
+
+    Args:
+      Others as for `generate`; keys are one per example, options arrays but for what is static.
+      segments: runs of steps that are compiled on their own, each for no more positions than are
+        then masked.
+    """
     is_music = jnp.arange(tokens.shape[-1]) < n_frames
     mask = mask.astype(bool) & is_music[None, None]
     given = tokens[:, : config.n_conditioning_codebooks].astype(jnp.int32)
     prompt = jnp.swapaxes(tokens[:, config.n_conditioning_codebooks :], 1, 2).astype(jnp.int32)
     masked = jnp.swapaxes(mask[:, config.n_conditioning_codebooks :], 1, 2)
-    n_masked = jnp.sum(masked, axis=(1, 2), dtype=jnp.int32)  # N₀ of each example
     bias = model.position_bias(params, tokens.shape[-1], config)
     bias = jnp.where(is_music[None, None], bias, -jnp.inf)  # no frame attends to padding
+    by_codebook = options.codebook_steps is not None
+    plan = unmasking.plan(options.steps, options.codebook_steps)
 
-    def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        filled, masked = carry  # [B, T, Cp]
-        i, gamma, progress = xs
+    def features(filled: jax.Array, masked: jax.Array) -> jax.Array:
         current = jnp.where(masked, config.mask_token, filled)
         current = jnp.concatenate([given, jnp.swapaxes(current, 1, 2)], axis=1)
-        logits = model.frame_major_logits(params, current, config, bias=bias)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
-        drawn, log_p = _draw(step_keys, logits, i / options.steps, options)
-        filled = jnp.where(masked, drawn, filled)
+        return model.frame_features(params, current, config, bias=bias)
 
-        noise = _per_example(jax.random.gumbel, step_keys, 1, masked.shape[1:])
-        confidence = log_p + options.mask_temperature * (1 - progress) * noise
-        still = jnp.sum(masked, axis=(1, 2), dtype=jnp.int32)
-        wanted = jnp.floor(gamma * n_masked.astype(jnp.float32)).astype(jnp.int32)
-        count = jnp.maximum(1, jnp.minimum(wanted, still - 1))
-        count = jnp.where(i == options.steps - 1, 0, count)
-        return (filled, _least_confident(confidence, masked, count)), None
+    def part(array: jax.Array, codebook: jax.Array, axis: int = 2) -> jax.Array:
+        """What a step works on: one codebook, or all that are predicted."""
+        return lax.dynamic_slice_in_dim(array, codebook, 1, axis) if by_codebook else array
 
-    index = np.arange(options.steps, dtype=np.int32)
-    progress = ((index + 1) / options.steps).astype(np.float32)
-    xs = (index, schedule(options.steps), progress)
-    (filled, _), _ = lax.scan(step, (prompt, masked), xs)
-    return jnp.concatenate([given, jnp.swapaxes(filled, 1, 2)], axis=1)
+    at_first = jnp.sum(masked, axis=1, dtype=jnp.int32)  # by codebook [B, Cp]
+    if options.order == "spread":
+        offsets = _per_example(jax.random.bits, keys, 2, (config.n_predicted_codebooks,))
+        rank = unmasking.spread_ranks(offsets, masked, by_codebook)
+    if options.guidance is not None:
+        unprompted = features(prompt, jnp.ones_like(masked))
+
+    def step(state: tuple, at: unmasking.Plan, most: int) -> tuple[tuple, None]:
+        """One pass of the transformer; `most` tokens are drawn at most."""
+        filled, masked = state  # [B, T, Cp]
+        here = part(masked, at.codebook)
+        n0 = jnp.sum(part(at_first, at.codebook, 1), axis=1)
+        still = jnp.sum(here, axis=(1, 2), dtype=jnp.int32)
+        count = unmasking.n_still_masked(at.gamma, n0, still)
+        elapsed, progress = at.elapsed, at.progress
+        if options.entropy_bound is not None:  # there are no known numbers of steps
+            share = still / jnp.maximum(n0, 1)
+            elapsed = progress = (jnp.arccos(share) * (2 / np.pi))[:, None, None]
+        settled = here
+        if options.order == "spread":
+            settled = here & (part(rank, at.codebook) < (n0 - count)[:, None, None])
+
+        one = at.codebook if by_codebook else None
+        logits = model.frame_logits(params, features(filled, masked), config, one)
+        if options.guidance is not None:
+            prior = model.frame_logits(params, unprompted, config, one)
+            logits = logits + options.guidance * (logits - prior)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, at.number)
+        u = part(_per_example(jax.random.uniform, step_keys, 0, masked.shape[1:]), at.codebook)
+        made = _draw(logits, u, settled, elapsed, most, options)
+        filled_here = jnp.where(settled, made.token, part(filled, at.codebook))
+
+        if options.order == "spread":
+            still_masked = here & ~settled
+        else:
+            noise = _per_example(jax.random.gumbel, step_keys, 1, masked.shape[1:])
+            noise = options.mask_temperature * (1 - progress) * part(noise, at.codebook)
+            confidence = made.log_p + noise
+            if options.entropy_bound is not None:
+                sure = unmasking.n_within_entropy(
+                    confidence, made.entropy, here, options.entropy_bound
+                )
+                count = jnp.where(at.gamma > 0, still - sure, 0)
+            still_masked = unmasking.least_confident(confidence, here, count)
+        if by_codebook:
+            put = functools.partial(lax.dynamic_update_slice_in_dim, axis=2)
+            filled_here = put(filled, filled_here, at.codebook)
+            still_masked = put(masked, still_masked, at.codebook)
+        return (filled_here, still_masked), None
+
+    n = masked.shape[1] * (1 if by_codebook else masked.shape[2])
+    state = (prompt, masked)
+    if options.entropy_bound is not None:
+        steps = jax.tree.map(jnp.asarray, plan)
+
+        def go_on(counted: tuple) -> jax.Array:
+            return (counted[0] < options.steps) & jnp.any(counted[1][1])
+
+        def next_step(counted: tuple) -> tuple:
+            i, state = counted
+            return i + 1, step(state, jax.tree.map(lambda x: x[i], steps), n)[0]
+
+        _, state = lax.while_loop(go_on, next_step, (jnp.int32(0), state))
+    else:
+        for steps, most in _segments(plan, n, options, segments):
+            state, _ = lax.scan(functools.partial(step, most=most), state, steps)
+    return jnp.concatenate([given, jnp.swapaxes(state[0], 1, 2)], axis=1)
+
+
+_generate = jax.jit(decode, static_argnames=("config", "segments"))
+
+
+def _segments(
+    plan: unmasking.Plan, n: int, options: SamplingOptions, segments: int
+) -> list[tuple[unmasking.Plan, int]]:
+    """Runs of steps, and how many of n tokens a step of each draws at most."""
+    if options.order == "spread":
+        return [(plan, unmasking.most_settled(plan, n))]
+    if options.codebook_steps is not None:
+        return [(plan, n)]
+    most = unmasking.most_masked(plan.gamma, n)
+    runs = np.array_split(np.arange(options.steps), min(segments, options.steps))
+    return [(jax.tree.map(lambda x, run=run: x[run], plan), int(most[run[0]])) for run in runs]
 
 
 def _draw(
-    keys: jax.Array, logits: jax.Array, elapsed: jax.Array, options: SamplingOptions
-) -> tuple[jax.Array, jax.Array]:
-    """A token for every position and the log of its probability, both `[B, T, Cp]`."""
+    logits: jax.Array,
+    u: jax.Array,
+    wanted: jax.Array,
+    elapsed: jax.Array,
+    most: int,
+    options: SamplingOptions,
+) -> Drawn:
+    """Tokens for the wanted positions of `[B, T, C]`, of which there are `most` at most."""
+    shape, n = wanted.shape, wanted.shape[1] * wanted.shape[2]
+    greedy = (elapsed >= options.sample_cutoff).reshape(-1, 1)  # [1 or B, 1]
+    logits, u = logits.reshape(len(u), n, -1), u.reshape(-1, n)
+    if most < n:  # leave out the others
+        first = functools.partial(jnp.nonzero, size=most, fill_value=n)
+        rows = jax.vmap(lambda flat: first(flat)[0])(wanted.reshape(-1, n))  # [B, most]
+        logits = jnp.take_along_axis(logits, rows[..., None], axis=1, mode="clip")
+        u = jnp.take_along_axis(u, rows, axis=1, mode="clip")
     logits = filter_logits(
         logits,
         typical_mass=options.typical_mass,
@@ -206,47 +325,11 @@ def _draw(
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    log_p = jax.nn.log_softmax(logits / options.temperature, axis=-1)
-    u = _per_example(jax.random.uniform, keys, 0, logits.shape[1:-1])
-    greedy = elapsed >= options.sample_cutoff
-    token = jnp.where(greedy, jnp.argmax(log_p, axis=-1), inverse_cdf(jnp.exp(log_p), u))
-    token = token.astype(jnp.int32)
-    return token, jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
-
-
-def inverse_cdf(probabilities: jax.Array, u: jax.Array) -> jax.Array:
-    """The first token whose cumulative probability exceeds u; never one of probability 0.
-
-    Goes through sums of 32 tokens first, which avoids a cumulative sum over the vocabulary.
-
-    Args:
-      probabilities: float32 `[..., V]`, need not sum to exactly 1.
-      u: float32 `[...]` in [0, 1).
-
-    Returns:
-      int32 `[...]`.
-    """
-    size = 32
-    padding = [(0, 0)] * (probabilities.ndim - 1) + [(0, -probabilities.shape[-1] % size)]
-    blocks = jnp.pad(probabilities, padding)
-    blocks = blocks.reshape(*probabilities.shape[:-1], -1, size)
-    upto = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
-    target = u[..., None] * upto[..., -1:]
-    block = jnp.sum(upto <= target, axis=-1, keepdims=True)
-    before = jnp.where(block > 0, jnp.take_along_axis(upto, jnp.maximum(block - 1, 0), -1), 0.0)
-    within = jnp.cumsum(jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :], axis=-1)
-    # Rounding may put the rest of the target at or above the block's own sum.
-    rest = jnp.minimum(target - before, within[..., -1:] * (1 - jnp.finfo(jnp.float32).eps))
-    token = block[..., 0] * size + jnp.sum(within <= rest, axis=-1)
-    return token.astype(jnp.int32)
-
-
-def _least_confident(confidence: jax.Array, masked: jax.Array, count: jax.Array) -> jax.Array:
-    """Of the masked positions `[B, T, Cp]` the `count` `[B]` least confident, exactly."""
-    flat = jnp.where(masked, confidence, jnp.inf).reshape(len(count), -1)
-    order = jnp.argsort(flat, axis=-1, stable=True)  # ties go frame by frame
-    rank = jnp.argsort(order, axis=-1)
-    return (rank < count[:, None]).reshape(masked.shape) & masked
+    made = draw(logits / options.temperature, u, greedy)
+    if most < n:
+        put = jax.vmap(lambda row, x: jnp.zeros(n, x.dtype).at[row].set(x, mode="drop"))
+        made = jax.tree.map(functools.partial(put, rows), made)
+    return jax.tree.map(lambda x: x.reshape(shape), made)
 
 
 def _per_example(draw, keys: jax.Array, stream: int, shape: tuple[int, ...]) -> jax.Array:

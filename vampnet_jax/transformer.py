@@ -241,11 +241,15 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(_lecun(rngs.params(), (d, p * v), jnp.float32).reshape(d, p, v))
         self.bias = nnx.Param(jnp.zeros((p, v)))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, D]` → float32 `[B, T, Cp, V]`."""
-        kernel = self.kernel[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, codebook: jax.Array | int | None = None) -> jax.Array:
+        """`[B, T, D]` → float32 `[B, T, Cp, V]`; of one predicted codebook `[B, T, 1, V]`."""
+        kernel, bias = self.kernel[...], self.bias[...]
+        if codebook is not None:
+            kernel = lax.dynamic_slice_in_dim(kernel, codebook, 1, axis=1)
+            bias = lax.dynamic_slice_in_dim(bias, codebook, 1, axis=0)
+        kernel = kernel.astype(x.dtype)
         logits = jnp.einsum("BTD,DpV->BTpV", x, kernel, preferred_element_type=jnp.float32)
-        return logits + self.bias[...][None, None]
+        return logits + bias[None, None]
 
 
 class VampNet(nnx.Module):

@@ -22,8 +22,8 @@ from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.training.checkpoints import load_run, read_run
 
 # As choose_sampling.py measured on the validation split.
-COARSE_SAMPLING = SamplingOptions(steps=24, typical_mass=None, top_p=0.4)
-FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, top_p=0.4)
+COARSE_SAMPLING = SamplingOptions(steps=24)
+FINE_SAMPLING = SamplingOptions(steps=2)
 FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")
 
 

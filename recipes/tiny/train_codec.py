@@ -48,9 +48,11 @@ CONFIG = {
 SCALES = [(64, 10), (128, 20), (256, 40), (512, 80), (1024, 150), (2048, 320)]  # window, mels
 WAVE = 5.0  # weight of the waveform error: for long, mel distance alone gives noise without pitch
 COMMITMENT = 0.025  # weight of the commitment loss beside the mel distance
-SPECTRAL = 3  # how many codebooks tell envelope and notes by themselves
+SPECTRAL = 4  # how many codebooks tell envelope and notes by themselves
 SPECTRUM = 1.0  # weight of the envelope's error
 NOTES = 4.0  # weight of the notes' error
+SAME = 2.0  # weight of the first codebooks' dependence on phase
+SHIFT = 240  # samples by which audio may move without changing them
 MELS, SEMITONES = 80, 72  # bands of the envelope; of the notes, from C2 (65 Hz) up
 
 
@@ -285,6 +287,17 @@ class Trained(nn.Module):
         columns = self.notes(audio)
         return wrong, (notes - (columns[..., :-1] + columns[..., 1:]) / 2).abs().mean()
 
+    def difference(self, z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Mean 1 - cosine between latents of z [B, D, T] and the first of another's codes."""
+        total = z.new_zeros(())
+        for quantizer, tokens in zip(self.dac.quantizer.quantizers, codes.unbind(1), strict=False):
+            with torch.no_grad():
+                code = quantizer.decode_code(tokens)
+                step = quantizer.out_proj(code)
+            total = total + 1 - nn.functional.cosine_similarity(quantizer.in_proj(z), code).mean()
+            z = z - step
+        return total / codes.shape[1]
+
 
 def quantise(dac: nn.Module, z: torch.Tensor, keep: torch.Tensor):
     """Quantise z [B, D, T] with the first keep[b] codebooks → sum, sum of the first, codes, …"""
@@ -319,17 +332,24 @@ def backward(model: Trained, audio: torch.Tensor, loss_of: nn.Module, bfloat16: 
     model.zero_grad(set_to_none=True)
     n = CONFIG["n_codebooks"]
     keep = torch.where(torch.rand(len(audio)) < 0.25, torch.randint(SPECTRAL, n, (len(audio),)), n)
+    moved = int(torch.randint(1, SHIFT, ()))
+    half = -audio[..., moved : moved + (audio.shape[-1] - SHIFT) // 1920 * 960]
+    audio = audio[..., :-SHIFT]
     out, (_, spectral, codes, latents, commitment) = forward(model.dac, audio, keep, bfloat16)
     envelope, notes = model.errors(spectral, audio)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        z = model.dac.encoder(half)
+    same = model.difference(z.float(), codes[:, :SPECTRAL, : z.shape[-1]])
     losses = {
         "mel": loss_of(out, audio),
         "wave": (wave_error(out, audio) * keep / n).mean(),
         "envelope": envelope,
         "notes": notes,
+        "same": same,
         "commit": commitment,
     }
     weights = {"mel": 1.0, "wave": WAVE, "commit": COMMITMENT}
-    weights |= {"envelope": SPECTRUM, "notes": NOTES}
+    weights |= {"envelope": SPECTRUM, "notes": NOTES, "same": SAME}
     sum(weights[k] * v for k, v in losses.items()).backward()
     return codes, latents.detach(), {k: v.item() for k, v in losses.items()}
 
@@ -442,7 +462,7 @@ def main() -> None:
 
     saved = validated = spent
     sums: Counter[str] = Counter()
-    samples = int(a.seconds * SAMPLE_RATE) // 960 * 960
+    samples = int(a.seconds * SAMPLE_RATE) // 960 * 960 + SHIFT
     while progress() < 1:
         started = time.monotonic()
         rng = np.random.default_rng((a.seed, step))

@@ -62,6 +62,9 @@ class Setting:
     """Filters of both stages; None: as the model is best sampled."""
     top_k: int | Off | None = None
     top_p: float | Off | None = None
+    order: Literal["confidence", "spread"] | None = None
+    """Of both stages; None: as the model is best sampled."""
+    guidance: float | Off | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -80,13 +83,13 @@ class Setting:
 
     def sampling(self, stage: str, default: SamplingOptions) -> SamplingOptions:
         """How a stage is sampled, given how its model is best sampled."""
-        filters: dict[str, Any] = {
+        changes: dict[str, Any] = {
             name: None if value == "off" else value
-            for name in ("typical_mass", "top_k", "top_p")
+            for name in ("typical_mass", "top_k", "top_p", "order", "guidance")
             if (value := getattr(self, name)) is not None
         }
         steps = self.steps if stage == "coarse" else self.fine_steps
-        return dataclasses.replace(default, steps=steps, **filters)
+        return dataclasses.replace(default, steps=steps, **changes)
 
     def computing(self, config: ModelConfig) -> ModelConfig:
         """A model's dimensions with this setting's dtype and attention.

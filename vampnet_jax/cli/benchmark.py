@@ -53,6 +53,10 @@ class Options:
     """Filters of both stages, as in vampnet sample (as the model is best sampled)."""
     top_k: int | Off | None = None
     top_p: float | Off | None = None
+    order: Literal["confidence", "spread"] | None = None
+    """Which tokens a step of either stage settles, as in vampnet sample."""
+    guidance: float | Off | None = None
+    """Of both stages, as in vampnet sample."""
     compare: Annotated[tuple[str, ...], arg(metavar="OPTION=VALUE...")] = ()
     """Measure a second setting that differs in these options alternately with the first, and
     print how much faster it is; such as dtype=bfloat16."""

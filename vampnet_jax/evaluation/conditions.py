@@ -150,7 +150,9 @@ def _condition(path: Path, experiment: str, row: Any) -> Condition:
             f"{where} a condition of kind {kind} has no option {unknown[0]!r}; it has "
             f"{', '.join(sorted(known)) or 'none'}."
         )
-    numbers = {k: v for k, v in options.items() if k != "regions"}
+    if isinstance(options.get("codebook_steps"), list):
+        options["codebook_steps"] = tuple(options["codebook_steps"])
+    numbers = {k: v for k, v in options.items() if k not in ("regions", "order", "codebook_steps")}
     odd = [k for k, v in numbers.items() if not isinstance(v, int | float | bool | type(None))]
     if odd:
         raise InputError(f"{where} {odd[0]} is {options[odd[0]]!r}; it must be a number.")

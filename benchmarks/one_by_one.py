@@ -1,0 +1,190 @@
+"""What each idea behind the sampler's speed gives, one by one: alternately with and without it.
+
+    python -m benchmarks.one_by_one                 # tiny's stages on 10 s, batch 1
+    python -m benchmarks.one_by_one --batch 8 --rounds 9
+
+Every row is one idea; its ratio is the time without it over the time with it in the same round.
+Both ways give the same distribution, and where the row says so the same tokens.
+"""
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vampnet_jax as vampnet
+from benchmarks.against_torch import alternate
+from vampnet_jax import SamplingOptions, model, sampling, vamping
+from vampnet_jax.drawing import inverse_cdf
+from vampnet_jax.filters import typical_keep
+from vampnet_jax.release import Model, Stage
+
+Pair = tuple[str, Callable[[], Any], Callable[[], Any]]
+"""What, with it, without it."""
+MASS, MIN_TOKENS = 0.15, 64
+
+
+def sorted_keep(logits: jax.Array) -> jax.Array:
+    """`typical_keep` by sorting the vocabulary."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    p = jnp.exp(log_p)
+    entropy = -jnp.sum(p * log_p, axis=-1, keepdims=True)
+    order = jnp.argsort(jnp.abs(-log_p - entropy), axis=-1)
+    held = jnp.cumsum(jnp.take_along_axis(p, order, axis=-1), axis=-1)
+    needed = jnp.maximum(jnp.sum(held < MASS, axis=-1, keepdims=True) + 1, MIN_TOKENS)
+    return jnp.argsort(order, axis=-1) < needed
+
+
+def folded_embedding(params: model.Params, tokens: jax.Array) -> jax.Array:
+    """The embedding with codebooks and projection multiplied beforehand."""
+    table = params["folded"]  # [C, V+1, D]
+    rows = jax.vmap(lambda rows, ids: rows[ids], in_axes=(0, 1))(table, tokens)
+    return jnp.sum(rows, axis=0) + params["embedding"]["bias"][None, None]
+
+
+def plain_embedding(params: model.Params, tokens: jax.Array) -> jax.Array:
+    """The embedding as the model computes it."""
+    e = params["embedding"]
+    table = jnp.concatenate([e["codebooks"], e["mask"][:, None]], axis=1)
+    rows = jax.vmap(lambda rows, ids: rows[ids], in_axes=(0, 1), out_axes=1)(table, tokens)
+    return jnp.einsum("BCTd,CdD->BTD", rows, e["kernel"]) + e["bias"][None, None]
+
+
+def ready(function: Callable, *arguments: Any, **options: Any) -> Callable[[], Any]:
+    """A call of a compiled function that waits for its result."""
+    return lambda: jax.block_until_ready(function(*arguments, **options))
+
+
+def drawing_ideas(rows: int, vocabulary: int) -> Iterator[Pair]:
+    """On logits as wide as one step of the coarse model has them."""
+    key = jax.random.key(0)
+    logits = 2 * jax.random.normal(key, (rows, vocabulary))
+    yield (
+        "typical filter: threshold bisected, not sorted",
+        ready(jax.jit(lambda x: typical_keep(x, MASS, MIN_TOKENS)), logits),
+        ready(jax.jit(sorted_keep), logits),
+    )
+
+    def by_inverse(logits: jax.Array, key: jax.Array) -> jax.Array:
+        u = jax.random.uniform(key, logits.shape[:-1])
+        return inverse_cdf(jax.nn.softmax(logits, axis=-1), u)
+
+    yield (
+        "draw: one uniform through the inverse CDF, not V Gumbel draws",
+        ready(jax.jit(by_inverse), logits, key),
+        ready(jax.jit(lambda x, k: jax.random.categorical(k, x)), logits, key),
+    )
+
+
+def network_ideas(stage: Stage, tokens: jax.Array) -> Iterator[Pair]:
+    """On one pass of the transformer."""
+    params, config = stage
+    e = params["embedding"]
+    table = jnp.concatenate([e["codebooks"], e["mask"][:, None]], axis=1)
+    folded = {**params, "folded": jnp.einsum("CVd,CdD->CVD", table, e["kernel"])}
+    yield (
+        "embedding: codebooks times projection, multiplied once (not kept)",
+        ready(jax.jit(folded_embedding), folded, tokens),
+        ready(jax.jit(plain_embedding), params, tokens),
+    )
+    forward = jax.jit(functools.partial(model.frame_major_logits, config=config))
+    bias = model.position_bias(params, tokens.shape[-1], config)
+    yield (
+        "one pass: position bias looked up beforehand",
+        ready(forward, params, tokens, bias=bias),
+        ready(forward, params, tokens),
+    )
+
+
+def loop_ideas(stage: Stage, tokens: jax.Array, steps: int) -> Iterator[Pair]:
+    """On all steps of one stage."""
+    params, config = stage
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    n_frames = jnp.int32(tokens.shape[-1])
+    mask = vampnet.masks.periodic(tokens.shape, 7)
+
+    def run(segments: int, options: SamplingOptions, donate: tuple[int, ...] = ()) -> Callable:
+        values = sampling.traced(options)
+        raw = functools.partial(sampling.decode, config=config, options=values, segments=segments)
+        program = jax.jit(raw, donate_argnums=donate)
+        compiled = program.lower(params, tokens, mask, keys, n_frames).compile()
+        host = np.asarray(tokens), np.asarray(mask)
+        return lambda: jax.block_until_ready(
+            compiled(params, jnp.asarray(host[0]), jnp.asarray(host[1]), keys, n_frames)
+        )
+
+    options = SamplingOptions(steps=steps)
+    plain = run(1, options)
+    for segments in sorted({2, sampling.SEGMENTS, 6}):
+        if segments <= steps:
+            yield (f"{steps} steps in {segments} segments, not one", run(segments, options), plain)
+    yield (
+        f"{steps} steps: order spread, not confidence (other tokens)",
+        run(1, SamplingOptions(steps=steps, order="spread")),
+        plain,
+    )
+    yield f"{steps} steps: donated buffers (not kept)", run(1, options, (1, 2)), plain
+
+
+def window_ideas(tiny: Model, batch: int) -> Iterator[Pair]:
+    """On the fine windows of half a minute."""
+    n_frames = round(30 * tiny.codec.frame_rate)
+    stage, window = tiny.fine, tiny.fine_window
+    shape = (batch, stage.config.n_codebooks, n_frames)
+    tokens = np.random.default_rng(0).integers(0, stage.config.vocab_size, shape, np.int32)
+    mask = np.zeros(shape, bool)
+    mask[:, stage.config.n_conditioning_codebooks :] = True
+    keys = jax.random.split(jax.random.key(0), batch)
+    starts = vamping.window_starts(n_frames, window)
+
+    def run(passes: list[list[int]]) -> Callable[[], Any]:
+        options = SamplingOptions(steps=2)
+        return lambda: vamping.fill(
+            stage, tokens.copy(), mask, keys, options, passes, window, lambda count: None
+        )
+
+    yield (
+        "fine windows of 30 s: those that do not overlap as one batch",
+        run(vamping.independent(starts, window)),
+        run([[start] for start in starts]),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args(argv)
+    tiny = vampnet.load("tiny")
+    stage = tiny.coarse
+    shape = (args.batch, stage.config.n_codebooks, tiny.coarse_window)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, stage.config.vocab_size)
+    fine = tiny.fine
+    fine_shape = (args.batch * 3, fine.config.n_codebooks, tiny.fine_window)
+    fine_tokens = jax.random.randint(jax.random.key(0), fine_shape, 0, fine.config.vocab_size)
+    pairs = [
+        *drawing_ideas(tokens.size, stage.config.vocab_size),
+        *network_ideas(stage, tokens),
+        *loop_ideas(stage, tokens, 24),
+        *loop_ideas(fine, fine_tokens, 2),
+        *window_ideas(tiny, args.batch),
+    ]
+    print(f"batch {args.batch}, {args.rounds} rounds\n")
+    print("| idea | with, ms | without, ms | times as fast |\n|---|---|---|---|")
+    for what, with_it, without in pairs:
+        seconds = alternate({"with": with_it, "without": without}, args.rounds)
+        ratios = [b / a for a, b in zip(seconds["with"], seconds["without"], strict=True)]
+        with_ms, without_ms = (1e3 * statistics.median(seconds[k]) for k in ("with", "without"))
+        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+        row = f"{with_ms:.1f} | {without_ms:.1f} | {middle:.2f} ({low:.2f} to {high:.2f})"
+        print(f"| {what} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Drawing a token from filtered logits: one uniform number per token, no sort."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Drawn(NamedTuple):
+    """Arrays `[...]`."""
+
+    token: jax.Array
+    """int32."""
+    log_p: jax.Array
+    """Log of the probability that it had."""
+    entropy: jax.Array
+    """Of what it was drawn from, in nats."""
+
+
+def draw(logits: jax.Array, u: jax.Array, greedy: jax.Array) -> Drawn:
+    """Draw from softmax(logits); where greedy, take the likeliest.
+
+    Args:
+      logits: float32 `[..., V]`, filtered and divided by the temperature.
+      u: float32 `[...]` in [0, 1).
+      greedy: bool, broadcast to `[...]`.
+    """
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    p = jnp.exp(log_p)
+    token = jnp.where(greedy, jnp.argmax(log_p, axis=-1), inverse_cdf(p, u)).astype(jnp.int32)
+    chosen = jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
+    return Drawn(token, chosen, -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1))
+
+
+def inverse_cdf(probabilities: jax.Array, u: jax.Array) -> jax.Array:
+    """The first token whose cumulative probability exceeds u; never one of probability 0.
+
+    Goes through sums of 32 tokens first, which avoids a cumulative sum over the vocabulary.
+
+    Args:
+      probabilities: float32 `[..., V]`, need not sum to exactly 1.
+      u: float32 `[...]` in [0, 1).
+
+    Returns:
+      int32 `[...]`.
+    """
+    size = 32
+    padding = [(0, 0)] * (probabilities.ndim - 1) + [(0, -probabilities.shape[-1] % size)]
+    blocks = jnp.pad(probabilities, padding)
+    blocks = blocks.reshape(*probabilities.shape[:-1], -1, size)
+    upto = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    target = u[..., None] * upto[..., -1:]
+    block = jnp.sum(upto <= target, axis=-1, keepdims=True)
+    before = jnp.where(block > 0, jnp.take_along_axis(upto, jnp.maximum(block - 1, 0), -1), 0.0)
+    within = jnp.cumsum(jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :], axis=-1)
+    # Rounding may put the rest of the target at or above the block's own sum.
+    rest = jnp.minimum(target - before, within[..., -1:] * (1 - jnp.finfo(jnp.float32).eps))
+    token = block[..., 0] * size + jnp.sum(within <= rest, axis=-1)
+    return token.astype(jnp.int32)
