@@ -11,12 +11,12 @@ import numpy as np
 
 from codec_bridge.config import CodecConfig
 from codec_bridge.errors import InputError
+from codec_bridge.hashes import fingerprint
 from codec_bridge.network import (
     KINDS,
     build_network,
     check_names_and_shapes,
     convolutions,
-    fingerprint,
 )
 from codec_bridge.receptive_field import Convolution, inputs_needed, output_length
 
@@ -101,7 +101,7 @@ class Codec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identity of the weights: see `codec_bridge.network.fingerprint`."""
+        """Identity of the weights: see `codec_bridge.hashes.fingerprint`."""
         return fingerprint(self.tensors)
 
     def n_frames(self, n_samples: int) -> int:

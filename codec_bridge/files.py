@@ -13,7 +13,8 @@ from codec_bridge.atomic import atomic_write
 from codec_bridge.codec import CHUNK_SECONDS, Codec
 from codec_bridge.config import CodecConfig
 from codec_bridge.errors import InputError
-from codec_bridge.network import build_network, fingerprint
+from codec_bridge.hashes import fingerprint
+from codec_bridge.network import build_network
 from codec_bridge.pth import fold_state_dict, open_file, read_pth
 
 # descript-audio-codec's released weights: name -> (model type, bitrate) of its download helper.

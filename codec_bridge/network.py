@@ -1,7 +1,6 @@
 """The PyTorch network of a codec, built from its configuration and weights."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -113,19 +112,3 @@ def convolutions(module: Any) -> list[Convolution]:
         chains = [convolutions(stack) for stack in module.mrf_blocks]
         return max(chains, key=lambda chain: sum(c.reach for c in chain))
     return [c for child in module.children() for c in convolutions(child)]
-
-
-def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256, in hexadecimal, that tells codecs apart by their weights.
-
-    Over the tensors in the order of their names (by code point), weight normalisation folded:
-    the name in UTF-8, a zero byte, the shape as decimals joined by commas, a zero byte, then the
-    values as little-endian float32 in C order.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = np.ascontiguousarray(tensors[name], dtype="<f4")
-        shape = ",".join(map(str, values.shape))
-        digest.update(name.encode() + b"\0" + shape.encode() + b"\0")
-        digest.update(values.data)
-    return digest.hexdigest()

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from small_codecs import random_codec
 from small_models import random_model
 
 import vampnet_jax as vampnet
 from codec_bridge.errors import InputError
-from vampnet_jax import release
+from vampnet_jax import lora, release
 from vampnet_jax.sampling import SamplingOptions
 
 
@@ -42,6 +43,38 @@ def test_what_is_saved_is_loaded(model, saved):
     assert (loaded.coarse_window, loaded.fine_window) == (40, 20)
     assert (loaded.name, loaded.card) == ("random", "# random\n")
     assert sorted(path.name for path in saved.parent.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_files_say_the_fingerprints_of_what_is_loaded_from_them(
+    model, tmp_path, monkeypatch, dtype
+):
+    vampnet.save(model, tmp_path / "model", dtype=dtype)
+    loaded = vampnet.load(tmp_path / "model")
+    hashed = dataclasses.replace(loaded).fingerprints  # files know nothing of another object
+    assert (hashed == model.fingerprints) == (dtype == "float32")
+    swapped = dataclasses.replace(loaded, coarse=random_model(model.codec, seed=1).coarse)
+    assert swapped.fingerprints["coarse"] != hashed["coarse"]
+    assert swapped.fingerprints["fine"] == hashed["fine"]
+    monkeypatch.setattr(release, "fingerprint", None)  # nothing is hashed again
+    assert loaded.fingerprints == hashed
+    assert swapped.fingerprints is swapped.fingerprints
+
+
+def test_files_that_say_no_fingerprint_are_hashed(model, saved):
+    path = saved / "coarse.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)
+    assert vampnet.load(saved).fingerprints == model.fingerprints
+
+
+def test_the_fingerprint_is_that_of_weights_with_their_adapters_merged(model, tmp_path):
+    config = lora.LoraConfig(rank=2, targets=("key",))
+    adapters = lora.init(jax.random.key(0), model.coarse.config, config)
+    adapters["key"]["b"] += 0.1
+    vampnet.save(model, tmp_path / "model", adapters={"coarse": (adapters, config)})
+    loaded = vampnet.load(tmp_path / "model")
+    assert loaded.fingerprints == dataclasses.replace(loaded).fingerprints
+    assert loaded.fingerprints["coarse"] != model.fingerprints["coarse"]
 
 
 def test_how_a_model_is_best_sampled_is_kept_and_used(model, tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from codec_bridge.atomic import atomic_write
 from codec_bridge.errors import InputError
+from codec_bridge.hashes import file_hash
 from vampnet_jax.devices import cache_folder
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def download(
       InputError: no such name or revision, no connection, or files that are not those of the
         first download.
     """
-    from vampnet_jax.importing import import_model, sha256
+    from vampnet_jax.importing import import_model
 
     directory, record = _directory(name), _read_record()
     say(LICENCE_NOTE)
@@ -84,7 +85,7 @@ def download(
     import_model(
         stages["coarse"], stages["fine"], codec, directory, name=name, card=card, overwrite=True
     )
-    made = {path.name: sha256(path) for path in sorted(directory.iterdir())}
+    made = {path.name: file_hash(path) for path in sorted(directory.iterdir())}
     record["models"][name] = {"revision": wanted, "commit": commit, "files": made}
     _write_record(record)
     return directory
@@ -137,15 +138,13 @@ class _Files:
     def fetch(self, file: str) -> Path:
         import huggingface_hub
 
-        from vampnet_jax.importing import sha256
-
         if file not in self.on_hub:
             raise InputError(f"{REPOSITORY} has no {file} at commit {self.commit}.")
         try:
             path = huggingface_hub.hf_hub_download(REPOSITORY, file, revision=self.commit)
         except Exception as error:
             raise _explained(error, file) from error
-        found = sha256(path)
+        found = file_hash(path)
         for source, wanted in (
             ("the first download had", self.recorded.get(file)),
             ("the hub names", self.on_hub[file]),
@@ -221,11 +220,9 @@ def _card(name: str, commit: str, hashes: Mapping[str, str]) -> str:
 
 
 def _verify(directory: Path, recorded: Mapping[str, str]) -> None:
-    from vampnet_jax.importing import sha256
-
     for file, wanted in recorded.items():
         path = directory / file
-        if not path.is_file() or sha256(path) != wanted:
+        if not path.is_file() or file_hash(path) != wanted:
             raise InputError(
                 f"{path} is not what was converted; add --overwrite to fetch and convert it again."
             )

@@ -1,7 +1,6 @@
 """From checkpoints of the original, training runs or LoRA adapters to a model directory."""
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 import codec_bridge
 from codec_bridge.errors import InputError
+from codec_bridge.hashes import file_hash
 from vampnet_jax import lora, pth, release
 from vampnet_jax.prompts import frames
 
@@ -135,12 +135,6 @@ def merge_lora(
     release.save(whole, directory, dtype=dtype, overwrite=overwrite, adapters=adapters)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read(
     source: Source, codec: codec_bridge.Codec, keep_lora: bool
 ) -> tuple[pth.Checkpoint, float | None]:
@@ -177,7 +171,7 @@ def _card(name: str, coarse: Source, fine: Source, codec_path: Path) -> str:
     paths |= {"fine adapters": fine.lora_path, "codec": codec_path}
     for part, path in paths.items():
         if path is not None and path.is_file():
-            lines.append(f"- {part}: `{path.name}`, SHA-256 `{sha256(path)}`")
+            lines.append(f"- {part}: `{path.name}`, SHA-256 `{file_hash(path)}`")
         elif path is not None:
             lines.append(f"- {part}: `{path.name}`")
     return "\n".join([*lines, "", "Licence and training data: those of the files above.", ""])

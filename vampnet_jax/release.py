@@ -2,14 +2,15 @@
 
 config.json           dimensions of both models, their windows, how they are best sampled, the
                       codec's fingerprint
-coarse.safetensors    parameters, float32 or bfloat16; names are paths such as `blocks/query`
-fine.safetensors
+coarse.safetensors    parameters, float32 or bfloat16; names are paths such as `blocks/query`;
+fine.safetensors      their fingerprint is in the metadata
 codec.safetensors     the codec, with its kind and dimensions
 coarse.lora.safetensors, fine.lora.safetensors    LoRA adapters, where kept; merged at load
 MODEL_CARD.md         what the model was trained on, its licence, figures
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import codec_bridge
 from codec_bridge.errors import InputError
+from codec_bridge.hashes import fingerprint
 from vampnet_jax import lora
 from vampnet_jax import model as network
 from vampnet_jax.config import ModelConfig
@@ -82,6 +84,18 @@ class Model:
                     f"{self.codec.codebook_size}; they do not belong together."
                 )
 
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """`codec_bridge.hashes.fingerprint` of the weights of "coarse", "fine" and "codec".
+
+        Hashed once, unless the files they were loaded from say it.
+        """
+        return {
+            "coarse": _fingerprint(self.coarse.params),
+            "fine": _fingerprint(self.fine.params),
+            "codec": self.codec.fingerprint,
+        }
+
 
 def available_models() -> list[str]:
     """Names of the models that ship inside the package."""
@@ -107,7 +121,7 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
         card = (directory / CARD).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):  # a model works without
         card = ""
-    return Model(
+    model = Model(
         coarse=load_stage(directory, "coarse", description),
         fine=load_stage(directory, "fine", description),
         codec=codec,
@@ -118,6 +132,11 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
         name=description["name"],
         card=card,
     )
+    said = {name: _said_fingerprint(directory, name, description) for name in ("coarse", "fine")}
+    if all(said.values()):
+        # Into the cache of this object: a model with other parameters made from it hashes its own.
+        vars(model)["fingerprints"] = {**said, "codec": codec.fingerprint}
+    return model
 
 
 def load_codec(name_or_directory: str | os.PathLike = "tiny") -> codec_bridge.Codec:
@@ -246,7 +265,8 @@ def _save_stage(stage: Stage, path: Path, dtype: str) -> None:
     from safetensors.numpy import save_file
 
     flat = flatten_dict(stage.params, sep="/")
-    save_file({name: np.asarray(x, jnp.dtype(dtype)) for name, x in flat.items()}, path)
+    flat = {name: np.asarray(x, jnp.dtype(dtype)) for name, x in flat.items()}
+    save_file(flat, path, metadata={"fingerprint": fingerprint(flat)})
     path.chmod(0o644)  # safetensors makes files that others cannot read
 
 
@@ -256,6 +276,20 @@ def load_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage
     params = load_params(_existing(directory, f"{name}.safetensors"), config)
     kept = load_adapters(directory, name, description)
     return Stage(params if kept is None else lora.merge(params, *kept), config)
+
+
+def _fingerprint(params: network.Params) -> str:
+    return fingerprint(flatten_dict(params, sep="/"))
+
+
+def _said_fingerprint(directory: Path, name: str, description: dict[str, Any]) -> str | None:
+    """That of a stage, if its file says it and nothing is merged into what the file holds."""
+    from safetensors import safe_open
+
+    if description[name].get("lora", False):
+        return None
+    with safe_open(directory / f"{name}.safetensors", framework="numpy") as file:
+        return (file.metadata() or {}).get("fingerprint")
 
 
 def load_adapters(

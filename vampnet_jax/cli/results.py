@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from codec_bridge.errors import InputError
+from codec_bridge.hashes import file_hash
 from vampnet_jax.cli.status import INTERRUPTED
 
 FORMAT_VERSION = 1
@@ -129,29 +129,6 @@ def run_interruptibly(work: Callable[[], None], clean_up: Callable[[], None]) ->
         raise errors[0]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def model_identity(model: Any) -> dict[str, str]:
-    """A model's name and the fingerprints of its weights."""
-    from flax.traverse_util import flatten_dict
-
-    from codec_bridge.codec import fingerprint
-
-    def of_stage(params: dict) -> str:
-        return fingerprint(flatten_dict(params, sep="/"))
-
-    return {
-        "name": model.name,
-        "coarse": of_stage(model.coarse.params),
-        "fine": of_stage(model.fine.params),
-        "codec": model.codec.fingerprint,
-    }
-
-
 def environment() -> dict[str, Any]:
     """What else a result can depend on: versions, platform, device."""
     import jax
@@ -179,7 +156,7 @@ class Record:
     mask: dict[str, str] | None
     """The same of the mask."""
     model: dict[str, str]
-    """As `model_identity`."""
+    """Its name, and the fingerprints of its weights."""
 
 
 def read_record(path: Path) -> Record:

@@ -13,14 +13,13 @@ from typing import Any
 
 from codec_bridge.audio import Audio, apply_gain, read, write
 from codec_bridge.errors import InputError
+from codec_bridge.hashes import file_hash
 from vampnet_jax import devices, figures, pipeline, placement, tokens
 from vampnet_jax.cli.progress import StageBars
 from vampnet_jax.cli.results import (
     Record,
     Results,
     environment,
-    file_hash,
-    model_identity,
     read_record,
     recorded_file,
     run_interruptibly,
@@ -109,7 +108,7 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
     model = load(options.model)
     if options.device == "cpu":
         model.codec.device = "cpu"
-    identity = model_identity(model)
+    identity = {"name": model.name, **model.fingerprints}
     if record is not None and _weights(identity) != _weights(record.model):
         raise InputError(
             f"the model {options.model} has other weights than the one {options.from_params} was "

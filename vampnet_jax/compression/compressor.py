@@ -7,10 +7,8 @@ import os
 import zlib
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from codec_bridge.errors import InputError
-from codec_bridge.network import fingerprint
 from vampnet_jax import pipeline
 from vampnet_jax.compression import coding, container
 from vampnet_jax.compression.container import Header, Probabilities
@@ -59,8 +57,8 @@ class Compressor:
     def identity(self) -> bytes:
         """7 bytes that tell apart both stages and the table."""
         digest = hashlib.sha256()
-        for stage in (self.model.coarse, self.model.fine):
-            digest.update(fingerprint(flatten_dict(stage.params, sep="/")).encode())
+        for stage in ("coarse", "fine"):
+            digest.update(self.model.fingerprints[stage].encode())
         digest.update(self.table.astype("<i4").tobytes() if self.has_table else b"")
         return digest.digest()[:7]
 
