@@ -273,7 +273,7 @@ def test_audio_that_cannot_be_vamped_is_refused(model, audio, words):
     "options", [{"stretch": 0}, {"extend": -1.0}, {"extend": float("nan")}, {"feedback": -1}]
 )
 def test_edits_that_make_no_sense_are_refused(options):
-    with pytest.raises(InputError, match=f"--{next(iter(options))} is"):
+    with pytest.raises(InputError, match=f"^{next(iter(options))} is"):
         Edit(**options)
 
 

@@ -172,15 +172,15 @@ def test_beat_presets_follow_the_beat_and_the_default_exists():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"periodic": -1}, "--periodic is -1"),
-        ({"width": 0}, "--width is 0"),
-        ({"dropout": 1.5}, "--dropout is 1.5"),
-        ({"random": float("nan")}, "--random is nan"),
-        ({"prefix": -0.5}, "--prefix is -0.5"),
-        ({"suffix": float("inf")}, "--suffix is inf"),
-        ({"beat_every": 0}, "--beat-every is 0"),
-        ({"beat_every": 2}, "need --beat"),
-        ({"width": 3, "onset": 1}, "need --periodic"),
+        ({"periodic": -1}, "periodic is -1"),
+        ({"width": 0}, "width is 0"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"random": float("nan")}, "random is nan"),
+        ({"prefix": -0.5}, "prefix is -0.5"),
+        ({"suffix": float("inf")}, "suffix is inf"),
+        ({"beat_every": 0}, "beat_every is 0"),
+        ({"beat_every": 2}, "need beat or beat_before"),
+        ({"width": 3, "onset": 1}, "width and offset need periodic"),
         ({"regions": ((4.0, 2.5),)}, "region 4:2.5 ends before it starts"),
         ({"regions": ((-1.0, 2.5),)}, "region -1:2.5"),
         ({"regions": ((float("nan"), 2.5),)}, "region nan:2.5"),
@@ -195,7 +195,7 @@ def test_spans_must_lie_inside_the_clip():
     Prompt(regions=((0.0, 2.0),), prefix=2.0).check_duration(2.0)
     with pytest.raises(InputError, match="reaches beyond the clip"):
         Prompt(regions=((1.0, 2.5),)).check_duration(2.0)
-    with pytest.raises(InputError, match="--prefix is 3 s"):
+    with pytest.raises(InputError, match="prefix is 3 s"):
         Prompt(prefix=3.0).check_duration(2.0)
 
 

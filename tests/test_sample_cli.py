@@ -18,6 +18,8 @@ from small_models import random_model
 
 import vampnet_jax as vampnet
 from vampnet_jax import cli, figures, pipeline, tokens
+from vampnet_jax.cli.sample_options import parse, prompt_of
+from vampnet_jax.prompts import Prompt
 from vampnet_jax.vamping import vamp
 
 RATE = 8000
@@ -433,6 +435,19 @@ def test_unconditional_keeps_nothing_and_refinements_keep_the_default_preset(
     assert prompt("--prefix", "0.1")["periodic"] == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["--periodic", "0"], Prompt()),
+        (["--periodic", "5", "--offset", "0"], Prompt(periodic=5, offset=0)),
+        (["--preset", "large-variation", "--dropout", "0", "--upper-codebooks", "0"],
+         Prompt(periodic=13, dropout=0.0, upper_codebooks=0)),
+    ],
+)  # fmt: skip
+def test_zero_is_not_the_same_as_nothing_given(arguments, prompt):
+    assert prompt_of(parse(["clip.wav", *arguments])) == prompt
+
+
 def test_device(sample, folder, without_pictures):
     assert sample(folder / "clip.wav", "--device", "cpu")[0] == 0
     record = json.loads(Path("vamped/clip_1.json").read_text())
@@ -496,7 +511,7 @@ def test_compiled_programs_are_kept_in_the_users_cache(folder, tmp_path):
         (["--steps", "0"], "--steps is 0"),
         (["--fine-steps", "0"], "--fine-steps is 0"),
         (["--temperature", "-1"], "--temperature is -1"),
-        (["--fine-temperature", "0"], "--fine-temperature is 0"),
+        (["--fine-temperature", "0"], "set --fine-sample-cutoff to 0"),
         (["--mask-temperature", "-1"], "--mask-temperature is -1"),
         (["--top-k", "0"], "--top-k is 0"),
         (["--top-p", "-0.5"], "--top-p is -0.5"),
@@ -505,11 +520,12 @@ def test_compiled_programs_are_kept_in_the_users_cache(folder, tmp_path):
         (["--preset", "huge-variation"], "no preset 'huge-variation'"),
         (["--periodic", "-3"], "--periodic is -3"),
         (["--width", "3", "--onset", "1"], "--width and --offset need --periodic"),
-        (["--beat-downbeats"], "need --beat"),
+        (["--beat-downbeats"], "need --beat or --beat-before"),
         (["--region", "0.5:0.2"], "ends before it starts"),
         (["--region", "0.5:2"], "reaches beyond the clip, which ends at 0.64 s"),
         (["--region", "half"], "--region is 'half'"),
-        (["--prefix", "2"], "the clip lasts only 0.64 s"),
+        (["--prefix", "2"], "--prefix is 2 s but the clip lasts only 0.64 s"),
+        (["--beat-every", "0"], "--beat-every is 0"),
         (["--dropout", "1.5"], "--dropout is 1.5"),
         (["--keep-codebooks", "9"], "has 8 codebooks"),
         (["--codebook-steps", "two"], "--codebook-steps is 'two'"),

@@ -63,11 +63,11 @@ class Edit:
 
     def __post_init__(self) -> None:
         if self.stretch < 1:
-            raise InputError(f"--stretch is {self.stretch}; it must be a whole number from 1 on.")
+            raise InputError(f"stretch is {self.stretch}; it must be a whole number from 1 on.")
         if not 0 <= self.extend < np.inf:
-            raise InputError(f"--extend is {self.extend}; it must be 0 seconds or more.")
+            raise InputError(f"extend is {self.extend}; it must be 0 seconds or more.")
         if self.feedback < 0:
-            raise InputError(f"--feedback is {self.feedback}; it must be 0 or more.")
+            raise InputError(f"feedback is {self.feedback}; it must be 0 or more.")
 
 
 NO_EDIT = Edit()

@@ -72,14 +72,14 @@ class Prompt:
         for name in ("random", "dropout", "beat_dropout"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise InputError(f"{_option(name)} is {value}; it must be from 0 to 1.")
+                raise InputError(f"{name} is {value}; it must be from 0 to 1.")
         if not self.periodic and (self.width != 1 or self.offset is not None):
-            raise InputError("--width and --offset need --periodic, whose frames they change.")
+            raise InputError("width and offset need periodic, whose frames they change.")
         if not self.follows_beats and (
             self.beat_downbeats or self.beat_every != 1 or self.beat_dropout
         ):
             raise InputError(
-                "--beat-downbeats, --beat-every and --beat-dropout need --beat or --beat-before."
+                "beat_downbeats, beat_every and beat_dropout need beat or beat_before."
             )
         for start, stop in self.regions:
             if not (start >= 0 and math.isfinite(stop)):
@@ -111,8 +111,7 @@ class Prompt:
         for name in ("prefix", "suffix"):
             if getattr(self, name) > seconds:
                 raise InputError(
-                    f"{_option(name)} is {getattr(self, name):g} s but the clip lasts only "
-                    f"{seconds:.2f} s."
+                    f"{name} is {getattr(self, name):g} s but the clip lasts only {seconds:.2f} s."
                 )
         for start, stop in self.regions:
             if stop > seconds + 0.005:  # what a display rounds to two digits
@@ -219,11 +218,7 @@ def _roll_per_pass(period: int) -> int:
 
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not (least <= value < math.inf):
-        raise InputError(f"{_option(name)} is {value}; it must be at least {least}.")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        raise InputError(f"{name} is {value}; it must be at least {least}.")
 
 
 PRESETS: dict[str, Prompt] = {

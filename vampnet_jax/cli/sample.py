@@ -31,6 +31,8 @@ from vampnet_jax.cli.sample_options import (
     Options,
     as_arguments,
     check_from_nothing,
+    edit_of,
+    named_as_options,
     parse,
     prompt_of,
     sampling_of,
@@ -255,7 +257,6 @@ def _checked(options: Options) -> Job:
         raise InputError(f"--seed is {options.seed}; it must be from 0 to {2**32 - 1}.")
     if not -12 <= options.pitch <= 12:
         raise InputError(f"--pitch is {options.pitch:g}; it must be from -12 to 12 semitones.")
-    edit = Edit(stretch=options.stretch, extend=options.extend, feedback=options.feedback)
     options = with_defaults_of(resolve(options.model), options)
     coarse, fine = sampling_of(options, ""), sampling_of(options, "fine_")
     prompt = prompt_of(options)
@@ -265,8 +266,8 @@ def _checked(options: Options) -> Job:
         sources = [_source(path, options, prompt) for path in options.input]
     else:
         check_from_nothing(options)
-        edit = Edit(extend=options.seconds)
         sources = [Source(None)]
+    edit = edit_of(options)
     stems = [source.stem for source in sources]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
@@ -280,10 +281,12 @@ def _source(path: Path, options: Options, prompt: Prompt) -> Source:
         if options.pitch:
             raise InputError(f"--pitch needs audio, and {path} holds tokens.")
         clip = tokens.read(path)
-        prompt.check_duration(clip.n_samples / clip.sample_rate)
+        with named_as_options():
+            prompt.check_duration(clip.n_samples / clip.sample_rate)
         return Source(path, clip, (clip.n_samples, clip.sample_rate))
     audio = _read_audio(path)
-    prompt.check_duration(audio.seconds)
+    with named_as_options():
+        prompt.check_duration(audio.seconds)
     length = (audio.samples.shape[1], audio.rate)
     return Source(path, None, length, audio if len(options.input) == 1 else None)
 

@@ -1,6 +1,9 @@
 """The options of `vampnet sample`, and what they mean to the library."""
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,6 +12,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from codec_bridge.errors import InputError
 from vampnet_jax import pipeline
+from vampnet_jax.pipeline import Edit
 from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, preset
 from vampnet_jax.release import read_description, sampling_defaults
 from vampnet_jax.sampling import SamplingOptions
@@ -126,6 +130,14 @@ class Options:
     """Draw only from tokens of typical surprisal that hold this probability."""
     typical_min_tokens: int | None = None
     """But from at least so many."""
+    order: Literal["confidence", "spread"] | None = None
+    """Which tokens a step settles: the surest, or some evenly spread over time, which is faster."""
+    codebook_steps: Annotated[str, arg(metavar="N,N,...|off")] = "own"
+    """Settle one codebook after the other, each in so many steps, instead of --steps."""
+    entropy_bound: Annotated[float | Off | Own, arg(metavar="NATS")] = "own"
+    """Settle as many of the surest tokens per step as tell at most so much; ends early."""
+    guidance: Annotated[float | Off | Own, arg(metavar="X")] = "own"
+    """Follow the prompt more closely; 0 changes nothing."""
     fine_steps: Annotated[int | None, arg(metavar="N")] = None
     """The same for the fine model."""
     fine_temperature: float | None = None
@@ -135,6 +147,10 @@ class Options:
     fine_top_p: float | Off | Own = "own"
     fine_typical_mass: float | Off | Own = "own"
     fine_typical_min_tokens: int | None = None
+    fine_order: Literal["confidence", "spread"] | None = None
+    fine_codebook_steps: Annotated[str, arg(metavar="N,N,...|off")] = "own"
+    fine_entropy_bound: Annotated[float | Off | Own, arg(metavar="NATS")] = "own"
+    fine_guidance: Annotated[float | Off | Own, arg(metavar="X")] = "own"
 
 
 NOT_RECORDED = ("input", "output", "overwrite", "device", "mesh", "from_params")
@@ -144,6 +160,8 @@ FREE_WITHOUT_INPUT = [
     "seconds", "tokens", "num_samples", "seed", "model",
     *(prefix + f.name for f in dataclasses.fields(SamplingOptions) for prefix in ("", "fine_")),
 ]  # fmt: skip
+ARGUMENTS = (Prompt, Edit, SamplingOptions)
+"""Of the library: what their errors speak of are options here."""
 PRESET_OF_NOTHING = ("preset", "unconditional")
 
 
@@ -172,8 +190,11 @@ def with_defaults_of(model: Path, options: Options) -> Options:
     values: dict[str, Any] = {}
     for stage, prefix in (("coarse", ""), ("fine", "fine_")):
         for name, value in dataclasses.asdict(sampling_defaults(description, stage)).items():
-            if getattr(options, prefix + name) in NOT_GIVEN:
-                values[prefix + name] = "off" if value is None else value
+            if getattr(options, prefix + name) not in NOT_GIVEN:
+                continue
+            if isinstance(value, tuple):
+                value = ",".join(map(str, value))
+            values[prefix + name] = "off" if value is None else value
     return dataclasses.replace(options, **values)
 
 
@@ -182,10 +203,18 @@ def sampling_of(options: Options, prefix: str = "") -> SamplingOptions:
     names = [field.name for field in dataclasses.fields(SamplingOptions)]
     values: dict[str, Any] = {name: getattr(options, prefix + name) for name in names}
     values = {name: None if value in OFF else value for name, value in values.items()}
-    try:
+    if values["codebook_steps"] is not None:
+        values["codebook_steps"] = _numbers(values["codebook_steps"], f"{prefix}codebook_steps")
+    with named_as_options(prefix):
         return SamplingOptions(**values)
-    except InputError as error:
-        raise InputError(f"--{prefix.replace('_', '-')}{error}".replace("_", "-")) from None
+
+
+def _numbers(text: str, name: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        flag = name.replace("_", "-")
+        raise InputError(f"--{flag} is {text!r}; write whole numbers as 12,4,2,2.") from None
 
 
 def prompt_of(options: Options) -> Prompt:
@@ -193,7 +222,7 @@ def prompt_of(options: Options) -> Prompt:
     given = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(Prompt)
-        if field.name != "regions" and getattr(options, field.name) not in (None, False)
+        if field.name != "regions" and not _left_out(getattr(options, field.name))
     }
     if options.region:
         given["regions"] = tuple(_span(text) for text in options.region)
@@ -205,7 +234,37 @@ def prompt_of(options: Options) -> Prompt:
         base = Prompt(periodic=1)  # what there is stays
     else:
         base = preset(DEFAULT_PRESET)
-    return dataclasses.replace(base, **given)
+    with named_as_options():
+        return dataclasses.replace(base, **given)
+
+
+def _left_out(value: object) -> bool:
+    return value is None or value is False  # 0 is not: it replaces what a preset says
+
+
+def edit_of(options: Options) -> Edit:
+    """What else the options ask to be done to a clip; its own mask comes later."""
+    if options.seconds is not None:
+        return Edit(extend=options.seconds)
+    with named_as_options():
+        return Edit(stretch=options.stretch, extend=options.extend, feedback=options.feedback)
+
+
+@contextlib.contextmanager
+def named_as_options(prefix: str = "") -> Iterator[None]:
+    """A context in which the library's errors call its arguments as the command line does.
+
+    `beat_every` is `--beat-every` there, and `top_k` of the stage with prefix "fine_" is
+    `--fine-top-k`.
+    """
+    try:
+        yield
+    except InputError as error:
+        names = "|".join(f.name for kind in ARGUMENTS for f in dataclasses.fields(kind))
+        text = re.sub(
+            rf"\b({names})\b", lambda name: f"--{prefix}{name[0]}".replace("_", "-"), str(error)
+        )
+        raise InputError(text) from None
 
 
 def _span(text: str) -> tuple[float, float]:
