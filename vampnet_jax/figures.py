@@ -1,6 +1,7 @@
 """Pictures of a variation: the mask over its tokens, and spectrograms before and after.
 
-matplotlib is imported when a picture is drawn, and its global state (pyplot) is not used.
+matplotlib is imported when a picture is drawn, and its global state (pyplot) is not used. librosa
+could draw the spectrograms, but importing its features and numba takes longer than drawing them.
 """
 
 import os
