@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import absl.logging
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import (
@@ -37,6 +38,8 @@ from vampnet_jax.training.step import TrainState, abstract_state, with_codebooks
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 LOSS = "validation/log_loss"
+MESSAGE_BYTES = 300
+"""Of what went wrong in a process, as the others hear it."""
 
 
 def write_run(run: Path, config: TrainConfig, facts: Mapping[str, Any]) -> None:
@@ -85,7 +88,8 @@ class Checkpoints:
     Kept are the newest `keep`, the one of lowest validation loss, and every step that is a
     multiple of `milestone_every`. Saving copies the state to the host and returns; files are
     written meanwhile. A checkpoint gets its name when it is complete. With several processes all
-    must call `save`, `restore` and `close`, and all must see the same folder.
+    must call `save`, `restore` and `close`, and all must see the same folder; a process that only
+    reads (`read_only`) needs no others.
 
     Args:
       run: the run's folder.
@@ -116,14 +120,16 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=goodness,  # without it Orbax does not write the metrics down
-            enable_async_checkpointing=not read_only,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
         self._run = run
         self._folder = (run / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = (
+            _reader(self._folder)
+            if read_only
+            else ocp.CheckpointManager(self._folder, options=options)
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -174,7 +180,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, config: TrainConfig, shardings: TrainState | None = None) -> Restored | None:
-        """The newest state that can be read; None if there is no checkpoint.
+        """The newest state that every process can read; None if there is no checkpoint.
 
         Args:
           config: of the run.
@@ -186,14 +192,24 @@ class Checkpoints:
         """
         wanted = _abstract_state(config, shardings)
         problems: dict[int, str] = {}
-        for step in reversed(self.steps):
+        reader = _reader(self._folder)
+        untried = sorted(reader.all_steps())
+        # One step after the other, the newest that any process sees, and read by all of them.
+        while (step := _largest(untried[-1] if untried else -1)) >= 0:
+            untried = [other for other in untried if other < step]
+            restored, problem = None, None
             try:
-                state, seconds = self._read(step, wanted)
+                restored = _read(reader, step, wanted)
             except Exception as error:  # Orbax and TensorStore raise many kinds
-                problems[step] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                continue
-            self._set_aside(list(problems))
-            return Restored(state, seconds, problems)
+                problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            problem = _of_any_process(problem)
+            if problem is None:
+                assert restored is not None
+                reader.close()
+                self._set_aside(list(problems))
+                return Restored(*restored, problems)
+            problems[step] = problem
+        reader.close()
         if problems:
             newest = max(problems)
             raise InputError(
@@ -203,31 +219,27 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, wanted: TrainState) -> tuple[TrainState, float]:
-        part = _saved_part(wanted)
-        arguments = ocp.args.PyTreeRestore(
-            part,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(part),
-            partial_restore=True,
-        )
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=arguments, progress=ocp.args.JsonRestore())
-        )
-        return wanted._replace(**restored["state"]), float(restored["progress"]["seconds"])
-
     def _set_aside(self, steps: list[int]) -> None:
         """Move damaged checkpoints away, so that their steps can be saved again."""
         if not steps:
             return
-        if jax.process_index() == 0:
-            for step in steps:
+        problem = None
+        try:
+            for step in steps if jax.process_index() == 0 else []:
                 target = self._run / "damaged" / str(step)
                 target.parent.mkdir(exist_ok=True)
                 while target.exists():
                     target = target.with_name(f"{target.name}-again")
                 (self._folder / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        except OSError as error:
+            problem = str(error)
+        problem = _of_any_process(problem)  # so that all go on after the folders have moved
+        if problem is not None:
+            raise InputError(
+                f"Damaged checkpoints of {self._run} could not be moved to "
+                f"{self._run / 'damaged'} ({problem}); move them yourself, then run the same "
+                "command again."
+            )
         self._manager.reload()
 
     def restore_params(self, config: TrainConfig, step: int) -> Params:
@@ -313,6 +325,52 @@ def _load(run: Path, step: int | None) -> tuple[TrainConfig, dict[str, Any], Par
         raise InputError(f"{which} of {run} can be read; train on, or restore it from a copy.")
     finally:
         checkpoints.close()
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    """Reads checkpoints and changes nothing; waits for no other process, whatever it meets."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    options = ocp.CheckpointManagerOptions(
+        read_only=True,
+        create=False,
+        cleanup_tmp_directories=False,
+        enable_async_checkpointing=False,
+        multiprocessing_options=alone,
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _read(reader: ocp.CheckpointManager, step: int, wanted: TrainState) -> tuple[TrainState, float]:
+    """State and training time of a checkpoint; of arrays this process's part."""
+    part = _saved_part(wanted)
+    arguments = ocp.args.PyTreeRestore(
+        part,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+        partial_restore=True,
+    )
+    restored = reader.restore(
+        step, args=ocp.args.Composite(state=arguments, progress=ocp.args.JsonRestore())
+    )
+    return wanted._replace(**restored["state"]), float(restored["progress"]["seconds"])
+
+
+def _largest(number: int) -> int:
+    """The largest of the numbers that the processes give; all must call this."""
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def _of_any_process(problem: str | None) -> str | None:
+    """The first problem that a process gives, None if none has one; all must call this."""
+    if jax.process_count() == 1:
+        return problem
+    text = np.zeros(MESSAGE_BYTES, np.uint8)
+    mine = np.frombuffer((problem or "").encode()[:MESSAGE_BYTES], np.uint8)
+    text[: len(mine)] = mine
+    for number, row in enumerate(multihost_utils.process_allgather(text)):
+        if row.any():
+            return f"process {number}: {bytes(row).rstrip(bytes(1)).decode(errors='replace')}"
+    return None
 
 
 def _saved_part(state: TrainState) -> dict[str, Any]:

@@ -45,6 +45,17 @@ def connect() -> None:
         ) from error
 
 
+def settle(tree: Any) -> Any:
+    """Wait for arrays, where programs in flight at once could block each other; else do nothing.
+
+    CPU devices of a process share its threads. Of two programs in flight that both talk to other
+    processes, the later one can hold the threads that the earlier one needs, for ever.
+    """
+    if jax.process_count() > 1 and jax.local_devices()[0].platform == "cpu":
+        jax.block_until_ready(tree)
+    return tree
+
+
 def job(environment: Mapping[str, str], *, on_tpu: bool) -> dict[str, Any] | None:
     """Arguments for `jax.distributed.initialize`; None if this process is alone.
 

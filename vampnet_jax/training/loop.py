@@ -20,6 +20,7 @@ from vampnet_jax.model import Params
 from vampnet_jax.training import flops
 from vampnet_jax.training.checkpoints import Checkpoints
 from vampnet_jax.training.config import TrainConfig
+from vampnet_jax.training.distributed import settle
 from vampnet_jax.training.excerpts import (
     RandomExcerpts,
     check_weights,
@@ -283,6 +284,7 @@ class _Loop:
             self.unread.append((self.step, metrics))
             self.read_metrics(behind=1)
             if self.step % config.log_every == 0:
+                settle(self.state)
                 self.clock.agree()
             if self.step % config.validate_every == 0:
                 self.validate_and_save()
@@ -306,6 +308,8 @@ class _Loop:
 
     def read_metrics(self, *, behind: int) -> None:
         """Read the metrics of all steps but the newest `behind`; waits for those steps."""
+        if not behind:
+            settle(self.state)
         while len(self.unread) > behind:
             step, metrics = self.unread.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -12,6 +12,7 @@ import numpy as np
 
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.model import Params
+from vampnet_jax.training.distributed import settle
 from vampnet_jax.training.excerpts import fixed_excerpts
 from vampnet_jax.training.objective import (
     RATIO_BINS,
@@ -70,7 +71,7 @@ class Validation:
           `log_loss` in nats per masked token, over all and by source (`log_loss/<source>`), and
           loss (`log_loss_at/<bin>`), top-1 and top-25 accuracies by bin of the mask ratio.
         """
-        return self._metrics([self._score(params, *batch) for batch in self._batches()])
+        return self._metrics([settle(self._score(params, *batch)) for batch in self._batches()])
 
     def score_unigram(self, frequencies: np.ndarray) -> dict[str, float]:
         """Score the model that knows only how frequent each token is: `[C, V]`, summing to 1."""
