@@ -178,7 +178,7 @@ def test_the_published_sizes_are_measured_with_random_weights(small_official):
 
 def test_sampling_is_compiled_for_chips_that_are_not_here(small_official, monkeypatch, capsys):
     """(The test's chips are simulated CPU devices, so that no TPU compiler is needed.)"""
-    chip = Chip(flops=1e12, memory=2**30, link_rate=1e9)
+    chip = Chip(flops=1e12, memory=2**30, link_rate=1e9, memory_rate=1e6)
     monkeypatch.setattr(ahead, "devices_of", lambda topology: (jax.devices(), chip))
     console = Console(width=200)
     setting = Setting(config="coarse", batch=4, steps=3, seconds=1.0, mesh="data=1,tensor=2")
@@ -189,9 +189,9 @@ def test_sampling_is_compiled_for_chips_that_are_not_here(small_official, monkey
     assert re.search(r"all-reduce +\d+ ×, [\d.]+ MB sent", shown)
     (work,) = ahead.works(setting)
     layout = Layout(placement.mesh_of("data=2", work.config))
-    found = ahead.estimate(ahead.compile_work(work, layout), work, layout, chip, 1e6)
+    found = ahead.estimate(ahead.compile_work(work, layout), work, layout, chip)
     n_parameters = sum(x.size for x in jax.tree.leaves(ahead.abstract_params(work.config)))
-    assert found.arguments >= 4 * n_parameters
+    assert found.needs.arguments >= 4 * n_parameters
     assert found.flops == 2 * 3 * flops.forward_flops(work.config, 72)
     logits = 4 * 2 * 72 * 4 * work.config.vocab_size
     assert found.traffic == 3 * (4 * n_parameters + 2 * logits)

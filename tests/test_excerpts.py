@@ -78,7 +78,7 @@ def test_one_track_as_long_as_one_window_is_enough(tmp_path):
         assert (next(batches)[:, 0] == np.arange(20) % 16).all()
 
 
-def test_quiet_excerpts_are_drawn_again_and_silence_ends_after_eight_times(tmp_path):
+def test_quiet_excerpts_are_drawn_again_and_silence_ends_after_eight_times(tmp_path, monkeypatch):
     write_folder(tmp_path / "tokens", [400], splits=False, quiet=300)
     manifest = read_manifest(tmp_path / "tokens")
     tracks = TrackReader(tmp_path / "tokens", manifest, manifest.tracks)
@@ -87,7 +87,7 @@ def test_quiet_excerpts_are_drawn_again_and_silence_ends_after_eight_times(tmp_p
         calls = []
         excerpts = RandomExcerpts(tracks, 1, 10, min_loudness, 0)
         begin = excerpts._begin
-        excerpts._begin = lambda *a: (calls.append(begin(*a)), calls[-1])[1]  # type: ignore
+        monkeypatch.setattr(excerpts, "_begin", lambda *a: (calls.append(begin(*a)), calls[-1])[1])
         last = [(excerpts.tokens(n), calls[-1].start)[1] for n in range(200)]
         assert len(calls) <= 200 * 9
         return float(np.mean([start >= 291 for start in last]))
@@ -133,12 +133,14 @@ def test_processes_together_read_the_batch_that_one_would_and_their_number_may_c
         np.testing.assert_array_equal(batch(step, count), next(whole))
 
 
-def test_a_process_reads_its_own_rows_only(tokens):
+def test_a_process_reads_its_own_rows_only(tokens, monkeypatch):
     tracks = reader(tokens)
     excerpts = RandomExcerpts(tracks, 2, 20, -30.0, seed=3)
     drawn = []
     draw = excerpts._draw
-    excerpts._draw = lambda example: (drawn.append(example), draw(example))[1]  # type: ignore
+    monkeypatch.setattr(
+        excerpts, "_draw", lambda example: (drawn.append(example), draw(example))[1]
+    )
     batches = excerpts.batches(4, process_index=1, process_count=2, ahead=1)
     for _ in range(3):
         next(batches)

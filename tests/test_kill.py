@@ -3,7 +3,6 @@
 Three kills, or as many as the environment variable VAMPNET_KILLS says.
 """
 
-import json
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import simulated_training
+from small_runs import log, small
 from small_tokens import write_folder
 
 from vampnet_jax.cli.status import TRY_AGAIN
@@ -24,16 +24,7 @@ from vampnet_jax.training.checkpoints import Checkpoints, load_run
 KILLS = int(os.environ.get("VAMPNET_KILLS", "3"))
 STEPS = 60 * (KILLS + 1)
 ROOT = Path(__file__).parent.parent
-OPTIONS = [
-    "--n-codebooks=2",
-    "--n-layers=1",
-    "--n-heads=2",
-    "--embedding-dim=16",
-    "--window-seconds=2",
-    "--batch-size=4",
-    "--dropout=0.1",
-    "--seed=5",
-]
+OPTIONS = small("--dropout=0.1")
 FATE = ("loss", "log_loss", "gradient_norm", "parameter_norm", "learning_rate")
 
 
@@ -47,14 +38,9 @@ def start(tokens: Path, run: Path, cache: Path) -> subprocess.Popen:
 
 
 def trained(run: Path) -> dict[int, list[float]]:
-    """Step → what was logged of it; a line that a kill cut off does not count."""
-    found: dict[int, list[float]] = {}
-    log = run / "log.jsonl"
-    for line in log.read_text().splitlines(keepends=True) if log.exists() else ():
-        if line.endswith("\n") and "train/loss" in line:
-            values = json.loads(line)
-            found[values["step"]] = [values[f"train/{name}"] for name in FATE]
-    return found
+    """Step → what was logged of it."""
+    lines = [line for line in log(run) if "train/loss" in line]
+    return {line["step"]: [line[f"train/{name}"] for name in FATE] for line in lines}
 
 
 def unfinished_saves(run: Path) -> set[str]:
@@ -122,9 +108,8 @@ def test_sigterm_to_one_of_two_processes_makes_both_save_the_same_step_and_one_c
         )
         for number in range(2)
     ]
-    log = run / "log.jsonl"
     while all(process.poll() is None for process in job):
-        if log.exists() and '"train/loss"' in log.read_text():
+        if trained(run):
             job[1].send_signal(signal.SIGTERM)
             break
         time.sleep(0.1)

@@ -84,11 +84,11 @@ def test_a_compiled_step_is_measured_per_chip(compiled):
     report = pod_check.measure(compiled, CONFIG, 20, pod_check.CHIPS["v5e"])
     state = jax.tree.leaves(pod_check.abstract_state(CONFIG))
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in state)
-    assert size / 2 < report.arguments < 0.8 * size  # codebooks are whole on both
-    assert report.temporaries > 0
-    assert report.outputs < 0.1 * report.arguments  # the new state replaces the old one
-    assert {item.kind for item in report.collectives} >= {"all-gather"}
-    assert all(0 < item.sent <= 2 * item.bytes for item in report.collectives)
+    assert size / 2 < report.needs.arguments < 0.8 * size  # codebooks are whole on both
+    assert report.needs.temporaries > 0
+    assert report.needs.outputs < 0.1 * report.needs.arguments  # the new state replaces the old one
+    assert {item.kind for item in report.needs.collectives} >= {"all-gather"}
+    assert all(0 < item.sent <= 2 * item.bytes for item in report.needs.collectives)
 
 
 def test_a_lora_step_holds_the_frozen_weights_in_shares_and_moments_of_the_adapters_only(compiled):
@@ -100,11 +100,13 @@ def test_a_lora_step_holds_the_frozen_weights_in_shares_and_moments_of_the_adapt
     state = layout.abstract(pod_check.abstract_state(config))
     kept = {name: in_bytes(x) for name, x in state._asdict().items()}
     tokens = 4 * CONFIG.batch_size * CONFIG.model.n_codebooks * 20 // 2
-    assert report.arguments == pytest.approx(sum(n for n, _ in kept.values()) + tokens, rel=0.01)
+    assert report.needs.arguments == pytest.approx(
+        sum(n for n, _ in kept.values()) + tokens, rel=0.01
+    )
     here, in_all = kept["frozen"]
     assert here <= 0.55 * in_all  # the mask's vectors are whole on both
     assert kept["moments"][0] <= 2.1 * kept["params"][0]
-    assert report.arguments < 0.5 * whole.arguments
+    assert report.needs.arguments < 0.5 * whole.needs.arguments
     assert report.model_flops < whole.model_flops  # no gradient of the frozen weights
 
 
@@ -139,17 +141,16 @@ def test_lora_is_compiled_with_its_recipe_for_a_model_a_run_or_the_published_siz
 
 
 def test_the_roofline_lies_between_full_overlap_and_none():
-    chip = pod_check.Chip(flops=100.0, memory=10.0, link_rate=1.0)
-    report = pod_check.Report(
+    chip = pod_check.Chip(flops=100.0, memory=10.0, link_rate=1.0, memory_rate=1.0)
+    needs = pod_check.Needs(
         chip=chip,
         arguments=3.0,
         temporaries=4.0,
         outputs=1.0,
-        model_flops=150.0,
-        flops=200.0,
         collectives=(Collective("all-gather", 1, 2.0, 3.0),),
     )
-    assert report.memory == 8.0
+    report = pod_check.Report(needs, model_flops=150.0, flops=200.0)
+    assert report.needs.memory == 8.0
     assert report.times == {"compute": 2.0, "links": 3.0}
     assert report.seconds == (3.0, 5.0)
     assert report.mfu(3.0) == pytest.approx(0.5)
@@ -228,5 +229,5 @@ def test_the_step_compiles_for_a_tpu_slice():
     assert len(devices) == 8
     layout = plan(CONFIG.model, 8, None, devices=devices)
     report = pod_check.measure(pod_check.compile_step(CONFIG, layout, 20), CONFIG, 20, chip)
-    assert 0 < report.memory < chip.memory
-    assert report.collectives
+    assert 0 < report.needs.memory < chip.memory
+    assert report.needs.collectives

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import math
 import os
 import resource
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from small_runs import logged, small
 from small_tokens import write_folder
 
 from codec_bridge import InputError
@@ -31,17 +31,7 @@ from vampnet_jax.training.log import RunLog
 from vampnet_jax.training.spikes import JUDGED_FROM, MEMORY, judge
 from vampnet_jax.training.step import init_state, train_step
 
-SMALL = [
-    "--n-codebooks=2",
-    "--n-layers=1",
-    "--n-heads=2",
-    "--embedding-dim=16",
-    "--window-seconds=2",
-    "--batch-size=4",
-    "--warmup-steps=2",
-    "--log-every=1",
-    "--seed=5",
-]
+SMALL = small("--warmup-steps=2", "--log-every=1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,14 +64,9 @@ def whole_run(tokens, tmp_path_factory) -> Path:
     return run
 
 
-def losses(run: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-
-
 def same_end(run: Path, other: Path) -> bool:
     ends = [load_run(folder, step=6)[0] for folder in (run, other)]
-    return jax.tree.all(jax.tree.map(np.array_equal, *ends)) and losses(run) == losses(other)
+    return jax.tree.all(jax.tree.map(np.array_equal, *ends)) and logged(run) == logged(other)
 
 
 def truncate(checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import log, logged, small
 from small_tokens import CODEC, reader, write_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,17 +33,7 @@ from vampnet_jax.training.tokens import (
 )
 from vampnet_jax.training.validation import Validation, token_frequencies
 
-SMALL = [
-    "--n-codebooks=2",
-    "--n-layers=1",
-    "--n-heads=2",
-    "--embedding-dim=16",
-    "--window-seconds=2",
-    "--batch-size=4",
-    "--warmup-steps=2",
-    "--log-every=2",
-    "--seed=5",
-]
+SMALL = small("--warmup-steps=2", "--log-every=2")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +41,6 @@ def tokens(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tokens"
     write_folder(folder, [60, 60, 200, 5000, 90])
     return folder
-
-
-def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 # --- validation
@@ -169,11 +156,7 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tokens, tmp_path):
     run = tmp_path / "run"
     options = ["--steps=6", "--validate-every=1", "--keep=1", "--learning-rate=1e-2"]
     assert train([str(tokens), "--out", str(run), *options, *SMALL]) == 0
-    losses = {
-        line["step"]: line["validation/log_loss"]
-        for line in log(run)
-        if "validation/log_loss" in line
-    }
+    losses = logged(run, "validation/log_loss")
     checkpoints = Checkpoints(run, keep=1)
     assert set(checkpoints.steps) == {6, min(losses, key=losses.__getitem__)}
     assert checkpoints.by_loss()[0] == min(losses, key=losses.__getitem__)

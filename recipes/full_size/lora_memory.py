@@ -55,8 +55,8 @@ def row(stage: str, batch: int, remat: str, rank: int | None) -> str:
     what = "all" if rank is None else f"rank {rank}"
     return (
         f"| {stage} | {what} | {trained / 1e6:.1f} M | {batch} | {remat} | "
-        f"{report.arguments / GIB:.2f} | {report.temporaries / GIB:.2f} | "
-        f"{report.memory / GIB:.2f} |"
+        f"{report.needs.arguments / GIB:.2f} | {report.needs.temporaries / GIB:.2f} | "
+        f"{report.needs.memory / GIB:.2f} |"
     )
 
 

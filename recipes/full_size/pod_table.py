@@ -30,12 +30,12 @@ def row(preset: str, topology: str, batch: int, remat: str, mesh: str | None) ->
     except pod_check.DoesNotFit as error:
         return f"{begin} does not fit: {error} |", False
     report = pod_check.measure(compiled, config, n_frames, chip)
-    sent = sum(item.sent for item in report.collectives)
+    sent = sum(item.sent for item in report.needs.collectives)
     fast, slow = report.seconds
     cells = [
-        f"{report.arguments / GIB:.2f}",
-        f"{report.temporaries / GIB:.2f}",
-        f"{report.memory / GIB:.2f} of {chip.memory / GIB:.2f}",
+        f"{report.needs.arguments / GIB:.2f}",
+        f"{report.needs.temporaries / GIB:.2f}",
+        f"{report.needs.memory / GIB:.2f} of {chip.memory / GIB:.2f}",
         f"{report.model_flops / 1e12:.2f}",
         f"{report.flops / 1e12:.2f}",
         f"{sent / 1e9:.2f}",
@@ -43,7 +43,7 @@ def row(preset: str, topology: str, batch: int, remat: str, mesh: str | None) ->
         f"{report.mfu(slow):.0%} to {report.mfu(fast):.0%}",
     ]
     print(f"{preset} {topology} {batch}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return f"{begin} {' | '.join(cells)} |", report.memory <= chip.memory
+    return f"{begin} {' | '.join(cells)} |", report.needs.memory <= chip.memory
 
 
 def main() -> None:

@@ -20,12 +20,9 @@ from vampnet_jax.benchmarking.settings import OFFICIAL, OFFICIAL_FRAME_RATE, Set
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.release import read_description, resolve, sampling_defaults
 from vampnet_jax.sampling import SamplingOptions, generate
-from vampnet_jax.training.collectives import Collective, collectives
-from vampnet_jax.training.pod_check import GIB, Chip, DoesNotFit, devices_of
+from vampnet_jax.training import pod_check
+from vampnet_jax.training.pod_check import GIB, DoesNotFit, Needs, devices_of
 from vampnet_jax.training.sharding import Layout
-
-MEMORY_RATES = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}
-"""Bytes/s of a chip's memory, by its maker's data sheet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +42,21 @@ class Work:
 class Estimate:
     """What a program takes on one chip."""
 
-    chip: Chip
-    memory_rate: float
-    """Bytes/s."""
-    arguments: int
-    """Bytes of parameters and tokens."""
-    temporaries: int
-    outputs: int
+    needs: Needs
+    """Its arguments are parameters and tokens."""
     flops: float
     """Model FLOPs of all steps, by formula."""
     traffic: float
     """Bytes that have to be moved to and from memory at least: every parameter once a step, the
     logits written and read once."""
-    collectives: tuple[Collective, ...]
-
-    @property
-    def memory(self) -> int:
-        """Bytes in all."""
-        return self.arguments + self.temporaries + self.outputs
 
     @property
     def times(self) -> dict[str, float]:
         """Seconds if nothing else limited."""
         return {
-            "compute": self.flops / self.chip.flops,
-            "memory": self.traffic / self.memory_rate,
-            "links": sum(c.sent for c in self.collectives) / self.chip.link_rate,
+            "compute": self.flops / self.needs.chip.flops,
+            "memory": self.traffic / self.needs.chip.memory_rate,
+            "links": self.needs.link_seconds,
         }
 
 
@@ -133,20 +119,13 @@ def compile_work(work: Work, layout: Layout) -> jax.stages.Compiled:
         array(tokens, bool),
         keys,
     )
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        wanted = [line.strip() for line in str(error).splitlines() if "hbm" in line.lower()]
-        raise DoesNotFit(wanted[0] if wanted else str(error).splitlines()[0]) from error
+    return pod_check.compiled(lowered)
 
 
 def estimate(
-    compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: Chip, memory_rate: float
+    compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: pod_check.Chip
 ) -> Estimate:
-    """Read a compiled program's needs; all per chip."""
-    memory: Any = compiled.memory_analysis()
+    """Read a compiled program's needs, and count its work; all per chip."""
     config, steps = work.config, work.options.steps
     n_chips = layout.mesh.size
     logits = 4 * work.rows * work.n_frames * config.n_predicted_codebooks * config.vocab_size
@@ -155,14 +134,9 @@ def estimate(
         for leaf in jax.tree.leaves(layout.abstract(abstract_params(config)))
     )
     return Estimate(
-        chip=chip,
-        memory_rate=memory_rate,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        needs=pod_check.needs(compiled, chip),
         flops=work.rows * steps * forward_flops(config, work.n_frames) / n_chips,
         traffic=steps * (held + 2 * logits / n_chips),
-        collectives=tuple(collectives(compiled.as_text() or "")),
     )
 
 
@@ -178,7 +152,6 @@ def check(setting: Setting, topology: str, console: Console) -> bool:
       InputError: unknown topology, no compiler for it, or a mesh or batch that does not fit.
     """
     devices, chip = devices_of(topology)
-    memory_rate = MEMORY_RATES[topology.partition(":")[0]]
     fits = True
     for work in works(setting):
         layout = Layout(placement.mesh_of(setting.mesh or "", work.config, devices))
@@ -195,7 +168,7 @@ def check(setting: Setting, topology: str, console: Console) -> bool:
             highlight=False,
         )
         try:
-            found = estimate(compile_work(work, layout), work, layout, chip, memory_rate)
+            found = estimate(compile_work(work, layout), work, layout, chip)
         except DoesNotFit as error:
             console.print(f"does not fit: {error}\n", highlight=False)
             fits = False
@@ -205,16 +178,17 @@ def check(setting: Setting, topology: str, console: Console) -> bool:
 
 
 def _table(found: Estimate, work: Work, n_chips: int) -> Table:
+    needs = found.needs
     table = Table("per chip, one batch", "", box=None)
-    table.add_row("parameters and tokens", f"{found.arguments / GIB:.2f} GiB")
-    table.add_row("temporaries", f"{found.temporaries / GIB:.2f} GiB")
-    share = found.memory / found.chip.memory
+    table.add_row("parameters and tokens", f"{needs.arguments / GIB:.2f} GiB")
+    table.add_row("temporaries", f"{needs.temporaries / GIB:.2f} GiB")
+    share = needs.memory / needs.chip.memory
     table.add_row(
-        "memory", f"{found.memory / GIB:.2f} of {found.chip.memory / GIB:.2f} GiB ({share:.0%})"
+        "memory", f"{needs.memory / GIB:.2f} of {needs.chip.memory / GIB:.2f} GiB ({share:.0%})"
     )
     table.add_row("model FLOPs", f"{found.flops / 1e12:.2f} T")
     table.add_row("memory traffic, at least", f"{found.traffic / 1e9:.1f} GB")
-    for item in found.collectives:
+    for item in needs.collectives:
         table.add_row(item.kind, f"{item.calls} ×, {item.sent / 1e6:,.1f} MB sent")
     for what, seconds in found.times.items():
         table.add_row(f"time by {what}", f"{1e3 * seconds:.2f} ms")

@@ -33,30 +33,28 @@ class Chip(NamedTuple):
     """Bytes that a program can use: a little less than on the sheet."""
     link_rate: float
     """Bytes/s that a chip can send to its neighbours over all its links together."""
+    memory_rate: float
+    """Bytes/s of its memory."""
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 15.75 * GIB, 200e9),
-    "v5p": Chip(459e12, 95.74 * GIB, 600e9),
-    "v6e": Chip(918e12, 31.25 * GIB, 400e9),
+    "v5e": Chip(197e12, 15.75 * GIB, 200e9, 819e9),
+    "v5p": Chip(459e12, 95.74 * GIB, 600e9, 2765e9),
+    "v6e": Chip(918e12, 31.25 * GIB, 400e9, 1640e9),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What one step of training takes on one chip."""
+class Needs:
+    """What a compiled program takes on one chip, by its compiler."""
 
     chip: Chip
     arguments: float
-    """Bytes of the state and the batch, which the new state replaces."""
+    """Bytes of what goes in."""
     temporaries: float
     """Bytes of everything in between."""
     outputs: float
     """Bytes of results that replace no argument."""
-    model_flops: float
-    """FLOPs of the matrix products that the model needs."""
-    flops: float
-    """The same and what is computed again in the backward pass."""
     collectives: tuple[Collective, ...]
 
     @property
@@ -65,11 +63,28 @@ class Report:
         return self.arguments + self.temporaries + self.outputs
 
     @property
+    def link_seconds(self) -> float:
+        """Time of the collectives at the full rate of all links."""
+        return sum(c.sent for c in self.collectives) / self.chip.link_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one step of training takes on one chip."""
+
+    needs: Needs
+    """Its arguments are the state and the batch; the new state replaces the old one."""
+    model_flops: float
+    """FLOPs of the matrix products that the model needs."""
+    flops: float
+    """The same and what is computed again in the backward pass."""
+
+    @property
     def times(self) -> dict[str, float]:
         """Seconds if nothing else limited: computing, links between chips."""
         return {
-            "compute": self.flops / self.chip.flops,
-            "links": sum(c.sent for c in self.collectives) / self.chip.link_rate,
+            "compute": self.flops / self.needs.chip.flops,
+            "links": self.needs.link_seconds,
         }
 
     @property
@@ -79,7 +94,7 @@ class Report:
 
     def mfu(self, seconds: float) -> float:
         """Model FLOPs utilisation of a step of so many seconds."""
-        return self.model_flops / seconds / self.chip.flops
+        return self.model_flops / seconds / self.needs.chip.flops
 
 
 class DoesNotFit(Exception):
@@ -122,7 +137,15 @@ def compile_step(config: TrainConfig, layout: Layout, n_frames: int) -> jax.stag
     shape = (config.batch_size, model.n_codebooks, n_frames)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch)
     done = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.whole)
-    lowered = jitted_step(config, layout).lower(state, tokens, done)
+    return compiled(jitted_step(config, layout).lower(state, tokens, done))
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a program for the devices that it was lowered for.
+
+    Raises:
+      DoesNotFit: it needs more memory than the chip has.
+    """
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -132,22 +155,25 @@ def compile_step(config: TrainConfig, layout: Layout, n_frames: int) -> jax.stag
         raise DoesNotFit(wanted[0] if wanted else str(error).splitlines()[0]) from error
 
 
-def measure(
-    compiled: jax.stages.Compiled, config: TrainConfig, n_frames: int, chip: Chip
-) -> Report:
-    """Read a compiled step's needs; all per chip."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    assert text is not None
-    n_chips = len(jax.tree.leaves(compiled.input_shardings)[0].device_set)
-    return Report(
+def needs(program: jax.stages.Compiled, chip: Chip) -> Needs:
+    """Read a compiled program's needs."""
+    memory: Any = program.memory_analysis()
+    return Needs(
         chip=chip,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        collectives=tuple(collectives(program.as_text() or "")),
+    )
+
+
+def measure(step: jax.stages.Compiled, config: TrainConfig, n_frames: int, chip: Chip) -> Report:
+    """Read a compiled step's needs, and count its FLOPs; all per chip."""
+    n_chips = len(jax.tree.leaves(step.input_shardings)[0].device_set)
+    return Report(
+        needs=needs(step, chip),
         model_flops=step_flops(config, n_frames) / n_chips,
         flops=(step_flops(config, n_frames) + _computed_again(config, n_frames)) / n_chips,
-        collectives=tuple(collectives(text)),
     )
 
 
@@ -206,28 +232,29 @@ def check(
         console.print(f"does not fit: {error}", soft_wrap=True)
         return False
     console.print(_table(report))
-    fits = report.memory <= chip.memory
+    fits = report.needs.memory <= chip.memory
     console.print("fits" if fits else "does not fit")
     return fits
 
 
 def _table(report: Report) -> Table:
     table = Table("per chip and step", "", show_header=True, box=None)
-    share = report.memory / report.chip.memory
+    found = report.needs
+    share = found.memory / found.chip.memory
     overlapped, apart = report.seconds
     rows = [
-        ("arguments", f"{report.arguments / GIB:.2f} GiB"),
-        ("temporaries", f"{report.temporaries / GIB:.2f} GiB"),
-        ("outputs not in place", f"{report.outputs / GIB:.2f} GiB"),
+        ("arguments", f"{found.arguments / GIB:.2f} GiB"),
+        ("temporaries", f"{found.temporaries / GIB:.2f} GiB"),
+        ("outputs not in place", f"{found.outputs / GIB:.2f} GiB"),
         (
             "memory",
-            f"{report.memory / GIB:.2f} of {report.chip.memory / GIB:.2f} GiB ({share:.0%})",
+            f"{found.memory / GIB:.2f} of {found.chip.memory / GIB:.2f} GiB ({share:.0%})",
         ),
         ("model FLOPs", f"{report.model_flops / 1e12:.2f} T"),
         ("with what is computed again", f"{report.flops / 1e12:.2f} T"),
         *(
             (item.kind, f"{item.calls} × , {item.bytes / 1e6:,.1f} MB, {item.sent / 1e6:,.1f} sent")
-            for item in report.collectives
+            for item in found.collectives
         ),
         *((f"time by {what}", f"{1e3 * t:.1f} ms") for what, t in report.times.items()),
         ("roofline step time", f"{1e3 * overlapped:.1f} to {1e3 * apart:.1f} ms"),
