@@ -12,6 +12,7 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from benchmarks.against_torch import alternate
 from vampnet_jax import SamplingOptions, model, sampling, vamping
 from vampnet_jax.drawing import inverse_cdf
 from vampnet_jax.filters import typical_keep
-from vampnet_jax.release import Model, Stage
+from vampnet_jax.release import Stage
 
 Pair = tuple[str, Callable[[], Any], Callable[[], Any]]
 """What, with it, without it."""
@@ -131,28 +132,35 @@ def loop_ideas(stage: Stage, tokens: jax.Array, steps: int) -> Iterator[Pair]:
     yield f"{steps} steps: donated buffers (not kept)", run(1, options, (1, 2)), plain
 
 
-def window_ideas(tiny: Model, batch: int) -> Iterator[Pair]:
-    """On the fine windows of half a minute."""
-    n_frames = round(30 * tiny.codec.frame_rate)
-    stage, window = tiny.fine, tiny.fine_window
-    shape = (batch, stage.config.n_codebooks, n_frames)
-    tokens = np.random.default_rng(0).integers(0, stage.config.vocab_size, shape, np.int32)
-    mask = np.zeros(shape, bool)
-    mask[:, stage.config.n_conditioning_codebooks :] = True
+def window_ideas(stage: Stage, window: int, batch: int, steps: int, passes: list) -> Iterator[Pair]:
+    """On windows that could be decoded together."""
+    config = stage.config
+    n_frames = max(start for group in passes for start in group) + window
+    shape = (batch, config.n_codebooks, n_frames)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
+    mask = np.ones(shape, bool)
+    mask[:, : config.n_conditioning_codebooks] = False
     keys = jax.random.split(jax.random.key(0), batch)
-    starts = vamping.window_starts(n_frames, window)
 
-    def run(passes: list[list[int]]) -> Callable[[], Any]:
-        options = SamplingOptions(steps=2)
-        return lambda: vamping.fill(
-            stage, tokens.copy(), mask, keys, options, passes, window, lambda count: None
-        )
+    def run(rows: int) -> Callable[[], Any]:
+        def once() -> None:
+            with mock.patch.object(vamping, "rows_at_once", lambda params: rows):
+                vamping.fill(
+                    stage, tokens.copy(), mask, keys, SamplingOptions(steps=steps), passes,
+                    window, lambda count: None,
+                )  # fmt: skip
 
-    yield (
-        "fine windows of 30 s: those that do not overlap as one batch",
-        run(vamping.independent(starts, window)),
-        run([[start] for start in starts]),
-    )
+        return once
+
+    together = batch * max(map(len, passes))
+    for rows in (1, 2, 4):
+        if rows < together:
+            yield (
+                f"{together} windows of {config.n_predicted_codebooks} codebooks × {window} frames, "
+                f"{steps} steps: {rows} at once, not {together}",
+                run(rows),
+                run(together),
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         *network_ideas(stage, tokens),
         *loop_ideas(stage, tokens, 24),
         *loop_ideas(fine, fine_tokens, 2),
-        *window_ideas(tiny, args.batch),
+        *window_ideas(stage, tiny.coarse_window, 8, 4, [[0]]),
+        *window_ideas(fine, tiny.fine_window, 8, 2, [[0]]),
     ]
     print(f"batch {args.batch}, {args.rounds} rounds\n")
     print("| idea | with, ms | without, ms | times as fast |\n|---|---|---|---|")

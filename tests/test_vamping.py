@@ -115,11 +115,19 @@ def test_how_many_windows_run_at_once_does_not_matter(small, monkeypatch):
         rows.append(len(tokens))
         return original(params, tokens, *rest, **named)
 
-    monkeypatch.setattr(vamping, "MAX_ROWS", 2)
+    monkeypatch.setattr(vamping, "rows_at_once", lambda params: 2)
     monkeypatch.setattr(vamping, "generate", spy)
     got = vampnet.vamp(small, tokens, mask, jax.random.key(0), **OPTIONS)
     assert max(rows) == 2
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("cores", "rows"), [(1, 1), (2, 1), (5, 2), (12, 4), (200, 16), (None, 1)])
+def test_a_cpu_decodes_as_many_windows_at_once_as_its_cores_can_hold(
+    small, monkeypatch, cores, rows
+):
+    monkeypatch.setattr(vamping.os, "cpu_count", lambda: cores)
+    assert vamping.rows_at_once(small.fine.params) == rows
 
 
 def test_windows_do_not_repeat_their_noise(small):

@@ -8,6 +8,7 @@ has generated is prompt for the next, so that there are no seams.
   run as one batch, then those between them, which see generated tokens on both sides.
 """
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vampnet_jax import placement
+from vampnet_jax.model import Params
 from vampnet_jax.sampling import SamplingOptions, example_keys, generate
 
 if TYPE_CHECKING:
     from vampnet_jax.release import Model, Stage
 
 MAX_ROWS = 16
-"""Windows decoded at once on one device; bounds memory."""
+"""Windows decoded at once on one accelerator; bounds memory."""
+CORES_PER_ROW = 2
+"""CPU cores that decode one window at once: more windows than that no longer fit their caches."""
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all) after each step of the work."""
@@ -122,6 +126,20 @@ def independent(starts: list[int], window: int) -> list[list[int]]:
     return passes
 
 
+def rows_at_once(params: Params) -> int:
+    """Windows that are decoded as one batch, at most, where these parameters lie.
+
+    On two cores 30 s of tiny's fine windows took half the time one by one, compared with batches of
+    up to eight (`benchmarks/one_by_one.py`).
+    """
+    (device, *_) = jnp.asarray(jax.tree.leaves(params)[0]).devices()
+    rows = MAX_ROWS
+    if device.platform == "cpu":
+        rows = min(rows, max(1, (os.cpu_count() or 1) // CORES_PER_ROW))
+        rows = _next_power_of_two(rows + 1) // 2  # the last at or below
+    return rows * placement.batch_shards(params)
+
+
 def fill(
     stage: "Stage",
     tokens: np.ndarray,
@@ -137,7 +155,7 @@ def fill(
     n_examples = len(tokens)
     for starts in passes:
         rows = [(example, start) for start in starts for example in range(n_examples)]
-        at_once = MAX_ROWS * placement.batch_shards(stage.params)
+        at_once = rows_at_once(stage.params)
         for first in range(0, len(rows), at_once):
             group = rows[first : first + at_once]
             # Of several windows, a few batch sizes mean a few programs for pieces of any length.

@@ -194,9 +194,9 @@ class Workload:
     def _rows(self, stage: str) -> int:
         """Windows that it reads at once, at most."""
         together = [1] if stage == "coarse" else map(len, self._fine_passes())
-        shards = placement.batch_shards(self._stages[stage].params)
-        rows = min(max(together) * self.setting.batch, vamping.MAX_ROWS * shards)
-        return rows + -rows % shards
+        params = self._stages[stage].params
+        rows = min(max(together) * self.setting.batch, vamping.rows_at_once(params))
+        return rows + -rows % placement.batch_shards(params)
 
     def _groups(self, stage: str) -> float:
         """How many batches of `_rows` windows the stage takes."""
