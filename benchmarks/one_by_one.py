@@ -144,7 +144,7 @@ def window_ideas(stage: Stage, window: int, batch: int, steps: int, passes: list
 
     def run(rows: int) -> Callable[[], Any]:
         def once() -> None:
-            with mock.patch.object(vamping, "rows_at_once", lambda params: rows):
+            with mock.patch.object(vamping, "rows_at_once", return_value=rows):
                 vamping.fill(
                     stage, tokens.copy(), mask, keys, SamplingOptions(steps=steps), passes,
                     window, lambda count: None,
@@ -156,7 +156,7 @@ def window_ideas(stage: Stage, window: int, batch: int, steps: int, passes: list
     for rows in (1, 2, 4):
         if rows < together:
             yield (
-                f"{together} windows of {config.n_predicted_codebooks} codebooks × {window} frames, "
+                f"{together} windows of {window} frames, {config.n_predicted_codebooks} codebooks, "
                 f"{steps} steps: {rows} at once, not {together}",
                 run(rows),
                 run(together),
