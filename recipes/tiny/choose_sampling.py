@@ -27,7 +27,11 @@ WAYS: dict[str, tuple[dict, dict]] = {
         OFF | {"top_p": 0.4, "mask_temperature": 3.0},
         OFF | {"top_p": 0.4, "mask_temperature": 3.0},
     ),
+    "fine likeliest": ({}, OFF | {"sample_cutoff": 0.0}),
     "top-p 0.4, fine likeliest": (OFF | {"top_p": 0.4}, OFF | {"sample_cutoff": 0.0}),
+    "guidance 0.5, fine likeliest": ({"guidance": 0.5}, OFF | {"sample_cutoff": 0.0}),
+    "guidance 1, fine likeliest": ({"guidance": 1.0}, OFF | {"sample_cutoff": 0.0}),
+    "spread, fine likeliest": ({"order": "spread"}, OFF | {"sample_cutoff": 0.0}),
     "likeliest": (
         OFF | {"sample_cutoff": 0.0, "mask_temperature": 3.0},
         OFF | {"sample_cutoff": 0.0},
