@@ -53,7 +53,7 @@ def test_everything_for_a_release_is_there_and_small():
     names = {file.name for file in TINY.iterdir()}
     assert {"config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors"} <= names
     assert {"MODEL_CARD.md", "COPYING", "example.flac"} <= names
-    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 20 * 2**20
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 24 * 2**20
 
 
 def test_the_models_belong_to_the_codec(tiny):
@@ -74,10 +74,10 @@ def test_the_codec_keeps_the_example_recognisable(tiny, example, tokens):
     random = np.random.default_rng(0).integers(0, 1024, tokens.shape, dtype=np.int32)
     near = mel_distance(example[0], tiny.codec.decode(tokens)[0])
     far = mel_distance(example[0], tiny.codec.decode(random)[0])
-    assert near < 0.8 * far
+    assert near < 0.7 * far
 
 
-@pytest.mark.parametrize(("name", "margin"), [("coarse", 0.1), ("fine", 0.5)])
+@pytest.mark.parametrize(("name", "margin"), [("coarse", 0.6), ("fine", 0.4)])
 def test_masked_tokens_of_the_example_are_predicted(tiny, tokens, name, margin):
     stage, window = getattr(tiny, name), getattr(tiny, f"{name}_window")
     config = stage.config

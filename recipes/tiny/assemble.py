@@ -23,7 +23,7 @@ from vampnet_jax.training.checkpoints import load_run, read_run
 
 # As choose_sampling.py measured on the validation split.
 COARSE_SAMPLING = SamplingOptions(steps=24)
-FINE_SAMPLING = SamplingOptions(steps=2)
+FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, sample_cutoff=0.0)
 FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")
 
 

@@ -28,6 +28,8 @@ WAYS: dict[str, tuple[dict, dict]] = {
         OFF | {"top_p": 0.4, "mask_temperature": 3.0},
     ),
     "fine likeliest": ({}, OFF | {"sample_cutoff": 0.0}),
+    "temperature 0.7, fine likeliest": (OFF | {"temperature": 0.7}, OFF | {"sample_cutoff": 0.0}),
+    "cut-off 0.5, fine likeliest": (OFF | {"sample_cutoff": 0.5}, OFF | {"sample_cutoff": 0.0}),
     "top-p 0.4, fine likeliest": (OFF | {"top_p": 0.4}, OFF | {"sample_cutoff": 0.0}),
     "guidance 0.5, fine likeliest": ({"guidance": 0.5}, OFF | {"sample_cutoff": 0.0}),
     "guidance 1, fine likeliest": ({"guidance": 1.0}, OFF | {"sample_cutoff": 0.0}),
