@@ -4,7 +4,8 @@
     python -m benchmarks.one_by_one --batch 8 --rounds 9
 
 Every row is one idea; its ratio is the time without it over the time with it in the same round.
-Both ways give the same distribution, and where the row says so the same tokens.
+Both ways draw from the same distribution, except for order spread. The rows about windows are of
+eight, whatever --batch says.
 """
 
 import argparse

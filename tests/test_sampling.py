@@ -237,7 +237,8 @@ def test_works_under_jit_and_vmap():
         {"steps": 0}, {"temperature": -1}, {"temperature": 0}, {"temperature": float("nan")},
         {"mask_temperature": -0.1}, {"top_k": 0}, {"top_p": -0.5}, {"typical_mass": -1},
         {"sample_cutoff": -1}, {"typical_min_tokens": 0}, {"steps": 2.5}, {"top_k": float("inf")},
-        {"order": "left"}, {"codebook_steps": (4, 0)}, {"entropy_bound": -1.0}, {"guidance": -1},
+        {"order": "left"}, {"codebook_steps": (4, 0)}, {"codebook_steps": 5},
+        {"codebook_steps": ()}, {"entropy_bound": -1.0}, {"guidance": -1},
         {"entropy_bound": 1.0, "order": "spread"}, {"entropy_bound": 1.0, "codebook_steps": (1, 1)},
     ],
     ids=str,
@@ -245,6 +246,12 @@ def test_works_under_jit_and_vmap():
 def test_options_that_make_no_sense_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         SamplingOptions(**wrong)
+
+
+def test_steps_for_all_replace_steps_by_codebook():
+    by_codebook = SamplingOptions(codebook_steps=(2, 1, 1), temperature=0.5)
+    assert by_codebook.changed(steps=3) == SamplingOptions(steps=3, temperature=0.5)
+    assert by_codebook.changed(top_k=5).codebook_steps == (2, 1, 1)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -325,7 +332,7 @@ def settled_by_step(monkeypatch, options: SamplingOptions, mask: jax.Array) -> l
 def test_spread_settles_frames_far_from_each_other(monkeypatch):
     everything = jnp.ones((3, 3, 20), bool)
     steps = settled_by_step(monkeypatch, SamplingOptions(steps=10, order="spread"), everything)
-    first = steps[1]  # of 20 frames and 3 codebooks, about two tokens at the second step
+    first = np.any(steps[:4], axis=0)  # 12 of 60 tokens
     counts = [int(step[0].sum()) for step in steps]
     gamma = unmasking.schedule(10)
     still = [60, *(int(np.floor(np.float32(60) * g)) for g in gamma[:-1]), 0]
@@ -343,27 +350,48 @@ def test_codebooks_are_settled_one_after_the_other(monkeypatch):
     assert [int(step[0].sum()) for step in steps[3:]] == [20, 6, 14]
 
 
-def test_a_bound_on_entropy_ends_early_and_a_tight_one_takes_all_steps(monkeypatch):
+def test_a_bound_on_entropy_ends_early_and_is_never_slower_than_the_schedule(monkeypatch):
     _, _, mask = make(COARSE)
     at_once = settled_by_step(monkeypatch, SamplingOptions(steps=9, entropy_bound=1e9), mask)
     assert len(at_once) == 1
-    one_by_one = settled_by_step(monkeypatch, SamplingOptions(steps=9, entropy_bound=0.0), mask)
-    assert [int(step[0].sum()) for step in one_by_one[:-1]] == [1] * 8
-    some = settled_by_step(monkeypatch, SamplingOptions(steps=99, entropy_bound=30.0), mask)
-    assert 1 < len(some) < 99
+    plain = settled_by_step(monkeypatch, SamplingOptions(steps=9), mask)
+    tight = settled_by_step(monkeypatch, SamplingOptions(steps=9, entropy_bound=0.0), mask)
+    assert [step[0].sum() for step in tight] == [step[0].sum() for step in plain]
+    some = settled_by_step(monkeypatch, SamplingOptions(steps=30, entropy_bound=30.0), mask)
+    assert 1 < len(some) < 30
 
 
-def test_guidance_pushes_away_from_the_input_without_a_prompt():
-    params, tokens, mask = make(COARSE)
-    key, config = jax.random.key(0), COARSE
+def test_codebook_by_codebook_the_likeliest_token_of_each(monkeypatch):
+    params, tokens, mask = make(FINE)
+    options = SamplingOptions(codebook_steps=(1, 1), sample_cutoff=0.0, typical_mass=None)
+    got = generate(params, tokens, mask, jax.random.key(0), FINE, options)
+    want, left = tokens, mask.at[:, :3].set(False)
+    for c in (3, 4):
+        logits = model.apply(params, jnp.where(left, FINE.mask_token, want), FINE)
+        likeliest = jnp.argmax(logits[:, c - 3], axis=-1)
+        want = want.at[:, c].set(jnp.where(left[:, c], likeliest, want[:, c]))
+        left = left.at[:, c].set(False)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("config", [COARSE, FINE], ids=["coarse", "fine"])
+def test_guidance_pushes_away_from_the_input_without_a_prompt(config):
+    params, tokens, mask = make(config)
+    mask = mask.at[:, : config.n_conditioning_codebooks].set(False)
     likeliest = SamplingOptions(steps=1, sample_cutoff=0.0, typical_mass=None)
-    got = generate(params, tokens, mask, key, config, dataclasses.replace(likeliest, guidance=2.0))
+
+    def guided(amount: float | None) -> jax.Array:
+        options = dataclasses.replace(likeliest, guidance=amount)
+        return generate(params, tokens, mask, jax.random.key(0), config, options)
+
+    given = jnp.arange(config.n_codebooks)[:, None] < config.n_conditioning_codebooks
     prompted = model.apply(params, jnp.where(mask, config.mask_token, tokens), config)
-    empty = model.apply(params, jnp.full_like(tokens, config.mask_token), config)
+    empty = model.apply(params, jnp.where(given[None], tokens, config.mask_token), config)
+    first = config.n_conditioning_codebooks
     want = jnp.argmax(prompted + 2 * (prompted - empty), axis=-1)
-    np.testing.assert_array_equal(got, jnp.where(mask, want, tokens))
-    none = generate(params, tokens, mask, key, config, dataclasses.replace(likeliest, guidance=0))
-    np.testing.assert_array_equal(none, generate(params, tokens, mask, key, config, likeliest))
+    want = jnp.where(mask[:, first:], want, tokens[:, first:])
+    np.testing.assert_array_equal(guided(2.0)[:, first:], want)
+    np.testing.assert_array_equal(guided(0.0), guided(None))
 
 
 def test_how_the_steps_are_divided_into_programs_changes_nothing():

@@ -56,7 +56,7 @@ def test_any_first_few_of_the_spread_order_are_spread_evenly():
         frames = np.flatnonzero(np.asarray(rank) < n)
         gaps = np.diff(np.concatenate([frames, frames[:1] + 250]))
         assert gaps.max() <= 3 * 250 / n + 1  # three-distance theorem; at random far larger
-        assert gaps.min() >= 0.3 * 250 / n - 1
+        assert gaps.min() >= 0.3 * 250 / n
 
 
 def test_the_spread_order_is_of_masked_positions_by_codebook_or_not():

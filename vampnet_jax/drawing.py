@@ -14,7 +14,7 @@ class Drawn(NamedTuple):
     log_p: jax.Array
     """Log of the probability that it had."""
     entropy: jax.Array
-    """Of what it was drawn from, in nats."""
+    """Of softmax(logits), in nats."""
 
 
 def draw(logits: jax.Array, u: jax.Array, greedy: jax.Array) -> Drawn:

@@ -2,8 +2,8 @@
 
 One step draws a token for every masked position, keeps those the model is surest of, and masks
 the rest again; how many stay masked falls along a cosine (MaskGIT: Chang et al. 2022). All steps
-are one compiled program per (shape, steps, order, options in use); the values of the options are
-traced, so changing them never recompiles. Ways that need fewer steps are options, off by default.
+are one compiled program per (shape, steps, order, codebook_steps, options in use); the values of
+the others are traced, so changing them never recompiles. Ways that need fewer steps are options.
 """
 
 import dataclasses
@@ -66,10 +66,12 @@ class SamplingOptions:
     codebook_steps: tuple[int, ...] | None = None
     """Steps of each predicted codebook, one codebook after the other, instead of `steps`."""
     entropy_bound: float | None = None
-    """Settle as many of the surest tokens per step as tell no more than this many nats in all;
-    ends early, and `steps` is the limit. With order confidence, without codebook_steps."""
+    """Settle more tokens per step than scheduled, as many of the first in order as have at most so
+    many nats of entropy; so it ends before `steps`. The order has the noise of mask_temperature, so
+    choose a low one. With order confidence, without codebook_steps."""
     guidance: float | None = None
-    """Push the logits away from those of an input without a prompt, by this much."""
+    """Push the logits away from those of an input of which no predicted token is known, by this
+    much. So it acts where some are known: kept ones, or those settled before."""
 
     def __post_init__(self) -> None:
         # Under jit the fields are tracers, which have no values to check.
@@ -92,17 +94,34 @@ class SamplingOptions:
         if self.order not in ("confidence", "spread"):
             raise InputError(f"order is {self.order!r}; it must be confidence or spread.")
         if self.codebook_steps is not None:
-            object.__setattr__(self, "codebook_steps", tuple(self.codebook_steps))  # of a list
-            if not all(isinstance(n, int) and n >= 1 for n in self.codebook_steps):
+            given = self.codebook_steps
+            sequence = isinstance(given, list | tuple) and len(given) > 0
+            if not sequence or not all(isinstance(n, int) and n >= 1 for n in given):
                 raise InputError(
-                    f"codebook_steps is {self.codebook_steps}; each must be a whole number of at "
-                    "least 1."
+                    f"codebook_steps is {given}; it must be whole numbers of at least 1, one for "
+                    "each codebook."
                 )
+            object.__setattr__(self, "codebook_steps", tuple(given))  # a list cannot be hashed
         if self.entropy_bound is not None and (self.order == "spread" or self.codebook_steps):
             raise InputError(
                 "entropy_bound chooses the surest tokens of all codebooks; use it without "
                 "codebook_steps and with order confidence."
             )
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise InputError if a model of these dimensions cannot be decoded so."""
+        steps, predicted = self.codebook_steps, config.n_predicted_codebooks
+        if steps is not None and len(steps) != predicted:
+            raise InputError(
+                f"codebook_steps has {len(steps)} numbers; the model predicts {predicted} "
+                "codebooks."
+            )
+
+    def changed(self, **changes: Any) -> "SamplingOptions":
+        """A copy with changes; `steps` without `codebook_steps` is meant for all codebooks."""
+        if "steps" in changes:
+            changes = {"codebook_steps": None} | changes
+        return dataclasses.replace(self, **changes)
 
 
 COARSE_DEFAULTS = SamplingOptions()
@@ -146,12 +165,7 @@ def generate(
         raise ValueError(f"tokens are {tokens.shape}; the model needs [B, {config.n_codebooks}, T]")
     if mask.shape != tokens.shape:
         raise ValueError(f"mask is {mask.shape} and tokens are {tokens.shape}; they must be alike")
-    by_codebook, predicted = options.codebook_steps, config.n_predicted_codebooks
-    if by_codebook is not None and len(by_codebook) != predicted:
-        raise InputError(
-            f"codebook_steps has {len(by_codebook)} numbers; the model predicts {predicted} "
-            "codebooks."
-        )
+    options.check(config)
     keys = example_keys(key, tokens.shape[0])
     n_frames = jnp.asarray(tokens.shape[2] if n_frames is None else n_frames, jnp.int32)
     return _generate(params, tokens, mask, keys, n_frames, config, traced(options))
@@ -258,7 +272,7 @@ def decode(
                 sure = unmasking.n_within_entropy(
                     confidence, made.entropy, here, options.entropy_bound
                 )
-                count = jnp.where(at.gamma > 0, still - sure, 0)
+                count = jnp.minimum(count, still - sure)
             still_masked = unmasking.least_confident(confidence, here, count)
         if by_codebook:
             put = functools.partial(lax.dynamic_update_slice_in_dim, axis=2)

@@ -106,7 +106,7 @@ def spread_ranks(offsets: jax.Array, masked: jax.Array, by_codebook: bool) -> ja
 def n_within_entropy(
     confidence: jax.Array, entropy: jax.Array, masked: jax.Array, bound: jax.Array | float
 ) -> jax.Array:
-    """How many of the surest can be settled at once: as many as have little left to tell.
+    """How many of the first in order can be settled at once: as many as have little left to tell.
 
     The largest k for which the entropies of the k most confident positions, the largest of them
     left out, sum to at most the bound; at least 1. That sum bounds what is lost by drawing the k

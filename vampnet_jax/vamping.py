@@ -129,15 +129,22 @@ def independent(starts: list[int], window: int) -> list[list[int]]:
 def rows_at_once(params: Params) -> int:
     """Windows that are decoded as one batch, at most, where these parameters lie.
 
-    On two cores 30 s of tiny's fine windows took half the time one by one, compared with batches of
-    up to eight (`benchmarks/one_by_one.py`).
+    Batches help accelerators. On two CPU cores they take longer than their windows one by one
+    (`benchmarks/one_by_one.py`).
     """
     (device, *_) = jnp.asarray(jax.tree.leaves(params)[0]).devices()
-    rows = MAX_ROWS
-    if device.platform == "cpu":
-        rows = min(rows, max(1, (os.cpu_count() or 1) // CORES_PER_ROW))
-        rows = _next_power_of_two(rows + 1) // 2  # the last at or below
-    return rows * placement.batch_shards(params)
+    shards = placement.batch_shards(params)
+    if device.platform != "cpu":
+        return MAX_ROWS * shards
+    rows = min(MAX_ROWS, max(1, _cores() // CORES_PER_ROW))
+    return max(shards, _next_power_of_two(rows + 1) // 2)  # the last power at or below
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def fill(

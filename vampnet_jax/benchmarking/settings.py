@@ -89,7 +89,7 @@ class Setting:
             if (value := getattr(self, name)) is not None
         }
         steps = self.steps if stage == "coarse" else self.fine_steps
-        return dataclasses.replace(default, steps=steps, **changes)
+        return default.changed(steps=steps, **changes)
 
     def computing(self, config: ModelConfig) -> ModelConfig:
         """A model's dimensions with this setting's dtype and attention.

@@ -316,16 +316,12 @@ def _check_against_model(job: Job, model: Model) -> None:
                 f"--{name.replace('_', '-')} is {value}; the model {model.name} has {n_codebooks} "
                 "codebooks."
             )
-    for option, sampling, stage in (
-        ("--codebook-steps", job.coarse, model.coarse),
-        ("--fine-codebook-steps", job.fine, model.fine),
+    for prefix, sampling, stage in (
+        ("", job.coarse, model.coarse),
+        ("fine_", job.fine, model.fine),
     ):
-        predicted = stage.config.n_predicted_codebooks
-        if sampling.codebook_steps is not None and len(sampling.codebook_steps) != predicted:
-            raise InputError(
-                f"{option} has {len(sampling.codebook_steps)} numbers; the model predicts "
-                f"{predicted} codebooks."
-            )
+        with named_as_options(prefix):
+            sampling.check(stage.config)
 
 
 def _weights(identity: dict[str, str]) -> dict[str, str]:

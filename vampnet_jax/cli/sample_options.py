@@ -131,13 +131,15 @@ class Options:
     typical_min_tokens: int | None = None
     """But from at least so many."""
     order: Literal["confidence", "spread"] | None = None
-    """Which tokens a step settles: the surest, or some evenly spread over time, which is faster."""
+    """Which tokens a step settles: the surest, or some evenly spread over time, which is faster;
+    --mask-temperature then does nothing."""
     codebook_steps: Annotated[str, arg(metavar="N,N,...|off")] = "own"
     """Settle one codebook after the other, each in so many steps, instead of --steps."""
     entropy_bound: Annotated[float | Off | Own, arg(metavar="NATS")] = "own"
-    """Settle as many of the surest tokens per step as tell at most so much; ends early."""
+    """Settle more tokens per step than scheduled, as many as have at most so much entropy; ends
+    early. Goes with a low --mask-temperature."""
     guidance: Annotated[float | Off | Own, arg(metavar="X")] = "own"
-    """Follow the prompt more closely; 0 changes nothing."""
+    """Follow what is known of the predicted codebooks more closely; 0 changes nothing."""
     fine_steps: Annotated[int | None, arg(metavar="N")] = None
     """The same for the fine model."""
     fine_temperature: float | None = None
@@ -189,7 +191,10 @@ def with_defaults_of(model: Path, options: Options) -> Options:
     description = read_description(model)
     values: dict[str, Any] = {}
     for stage, prefix in (("coarse", ""), ("fine", "fine_")):
-        for name, value in dataclasses.asdict(sampling_defaults(description, stage)).items():
+        own = sampling_defaults(description, stage)
+        if getattr(options, f"{prefix}steps") is not None:
+            own = own.changed(steps=own.steps)  # those asked for are for all codebooks
+        for name, value in dataclasses.asdict(own).items():
             if getattr(options, prefix + name) not in NOT_GIVEN:
                 continue
             if isinstance(value, tuple):

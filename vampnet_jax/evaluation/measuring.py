@@ -160,7 +160,7 @@ def _make(
         masks = np.broadcast_to(~keep, tokens.shape)
     else:
         masks = _prompted(bench, condition, audio, tokens, keys)
-    options = dataclasses.replace(model.coarse_sampling, **dict(condition.sampling))
+    options = model.coarse_sampling.changed(**dict(condition.sampling))
     made = np.asarray(vamp(model, jnp.asarray(tokens), jnp.asarray(masks), keys, options))
     generated = masks.sum((1, 2))
     same = ((made == tokens) & masks).sum((1, 2))

@@ -56,8 +56,13 @@ def evaluate(
       on_progress: called with a condition's name, batches done and batches in all.
 
     Raises:
-      InputError: no usable audio, or `folder` holds an evaluation of something else.
+      InputError: no usable audio, options that do not fit the model, or `folder` holds an
+        evaluation of something else.
     """
+    coarse = compressor.model.coarse
+    for condition in conditions:  # what does not fit this model must not fail after hours
+        options = compressor.model.coarse_sampling.changed(**dict(condition.sampling))
+        options.check(coarse.config)
     excerpts = choose_excerpts(audio, 2 * n_excerpts, seconds)
     settings = {
         "model": compressor.model.name,
