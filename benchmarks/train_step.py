@@ -30,12 +30,15 @@ N_CODEBOOKS, VOCAB, LATENT = 8, 1024, 8
 
 
 def tiny_config(**changes: object) -> TrainConfig:
-    """The preset's settings with the dimensions of the model in the box."""
+    """The preset's settings with the dimensions of the model in the box, without dropout.
+
+    Two libraries cannot draw the same dropout.
+    """
     dimensions = vampnet.load("tiny").coarse.config
     shape = {"n_layers": dimensions.n_layers, "n_heads": dimensions.n_heads}
     shape["embedding_dim"] = dimensions.embedding_dim
     return preset_config(
-        "tiny", "coarse", {"steps": 1000, "seed": 0, **shape, **changes},
+        "tiny", "coarse", {"steps": 1000, "seed": 0, "dropout": 0.0, **shape, **changes},
         codec_codebooks=N_CODEBOOKS, codebook_size=VOCAB, latent_dim=LATENT,
     )  # fmt: skip
 

@@ -79,6 +79,7 @@ def test_each_window_sees_what_the_one_before_has_generated(small, monkeypatch):
         return made
 
     monkeypatch.setattr(vamping, "generate", spy)
+    monkeypatch.setattr(vamping, "rows_at_once", lambda params: vamping.MAX_ROWS)
     tokens = music(40, batch=1)
     vampnet.vamp(small, tokens, jnp.ones(tokens.shape, bool), jax.random.key(0), **OPTIONS)
     coarse = [call for call in seen if call[0] == COARSE]
