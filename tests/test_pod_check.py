@@ -135,7 +135,7 @@ def test_lora_is_compiled_with_its_recipe_for_a_model_a_run_or_the_published_siz
     write_run(tmp_path, CONFIG, {"stage": "coarse", "codec": tiny["codec"]})
     (tmp_path / "checkpoints").mkdir()
     config, n_frames = lora_sizes(lora_from=str(tmp_path))
-    assert (config.model.n_codebooks, n_frames) == (3, 500)  # 10 s of 50 frames/s
+    assert (config.model.n_codebooks, n_frames) == (3, 250)  # 10 s of 25 frames/s
     with pytest.raises(InputError, match="leave --preset out"):
         lora_sizes(lora_from="tiny", preset="coarse")
 
