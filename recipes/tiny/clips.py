@@ -47,7 +47,9 @@ def chroma_correlation(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-def clips(music: Path, split: Path, part: str, per_source: int) -> Iterator[tuple[str, np.ndarray]]:
+def clips(
+    music: Path, split: Path, part: str, per_source: int, seconds: float = SECONDS
+) -> Iterator[tuple[str, np.ndarray]]:
     """(source, audio float32 `[samples]`) of evenly spaced places, at -24 LUFS per track.
 
     Args:
@@ -55,6 +57,7 @@ def clips(music: Path, split: Path, part: str, per_source: int) -> Iterator[tupl
       split: file that says which track belongs to which part.
       part: "train", "validation" or "test".
       per_source: how many.
+      seconds: length of each; shorter tracks are left out.
     """
     for path in (music / "index.json", split):
         if not path.exists():
@@ -62,14 +65,14 @@ def clips(music: Path, split: Path, part: str, per_source: int) -> Iterator[tupl
     index = json.loads((music / "index.json").read_text())
     by_source: dict[str, list[str]] = {}
     for name in sorted(json.loads(split.read_text())[part]):
-        if name in index and index[name]["seconds"] > SECONDS:
+        if name in index and index[name]["seconds"] > seconds:
             by_source.setdefault(name.split("/")[0], []).append(name)
     for source, tracks in by_source.items():
-        room = np.cumsum([index[name]["seconds"] - SECONDS for name in tracks])
+        room = np.cumsum([index[name]["seconds"] - seconds for name in tracks])
         for place in (np.arange(per_source) + 0.5) / per_source * room[-1]:
             at = int(np.searchsorted(room, place, side="right"))
             start = int((place - (room[at - 1] if at else 0)) * SAMPLE_RATE)
-            length = int(SECONDS * SAMPLE_RATE)
+            length = int(seconds * SAMPLE_RATE)
             audio, _ = soundfile.read(music / f"{tracks[at]}.wav", length, start, dtype="float32")
             gain = 10 ** ((-24 - index[tracks[at]]["loudness"]) / 20)
             yield source, audio * min(gain, 1 / max(float(np.abs(audio).max()), 1e-4))

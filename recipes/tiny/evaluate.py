@@ -67,6 +67,18 @@ def measure_stage(
     }
 
 
+def hold(tokens: np.ndarray, mask: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill the first n codebooks of every frame with those of the kept frame before, and keep them.
+
+    What a coarse model has to do better than. Tokens and mask are `[1, C, T]`.
+    """
+    kept = ~mask[0, 0]
+    before = np.maximum.accumulate(np.where(kept, np.arange(len(kept)), np.argmax(kept)))
+    held, rest = tokens.copy(), mask.copy()
+    held[:, :n], rest[:, :n] = tokens[:, :n, before], False
+    return held, rest
+
+
 def measure_variations(
     model: Model, audio: list[tuple[str, np.ndarray]], seed: int
 ) -> dict[str, tuple[float, float]]:
@@ -81,6 +93,11 @@ def measure_variations(
             frame_rate = codec.sample_rate / codec.hop_length
             mask = preset(name).mask(tokens.shape, key, frame_rate=frame_rate)
             made[name] = vampnet.vamp(model, tokens, mask, key)
+            if name == "medium-variation":
+                held, mask = hold(
+                    np.asarray(tokens), np.asarray(mask), model.coarse.config.n_codebooks
+                )
+                made["kept frames held, fine model"] = vampnet.vamp(model, held, mask, key)
         rng = np.random.default_rng((seed, number))
         made["random tokens"] = rng.integers(0, codec.codebook_size, tokens.shape, np.int32)
         for name, new in made.items():

@@ -2,10 +2,11 @@
 
 Losses: waveform error, and multi-scale mel distance and commitment as in "High-Fidelity Audio
 Compression with Improved RVQGAN" (Kumar et al., 2023), without its discriminators. The first
-codebooks alone must also tell the spectral envelope and which notes sound, without phase: what
-sounds alike then has the same first tokens, which a language model can learn (Moshi's codec does
-so with a speech model's features; Défossez et al., 2024). The codes are running means of encoder
-outputs; those that fall out of use are re-seeded, without which most stay unused.
+codebooks answer to other losses: they alone must tell the spectral envelope and which notes sound,
+and must be the same for an excerpt turned upside down and moved by up to a frame. What sounds
+alike then has the same first tokens, which a language model can learn (Moshi's codec does so with
+a speech model's features; Défossez et al., 2024). The codes are running means of encoder outputs;
+those that fall out of use are re-seeded, without which most stay unused.
 
 Progress, learning rate and the end follow --steps or --minutes of training time (summed over
 resumed runs), whichever comes first. Run again with the same --out to resume. Finished, it
@@ -13,6 +14,7 @@ writes the averaged weights, rounded to bfloat16, as codec.safetensors.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -51,8 +53,9 @@ COMMITMENT = 0.025  # weight of the commitment loss beside the mel distance
 SPECTRAL = 4  # how many codebooks tell envelope and notes by themselves
 SPECTRUM = 1.0  # weight of the envelope's error
 NOTES = 4.0  # weight of the notes' error
-SAME = 2.0  # weight of the first codebooks' dependence on phase
-SHIFT = 240  # samples by which audio may move without changing them
+SAME = 0.5  # weight of the first codebooks' dependence on phase
+SHIFT = 960  # samples by which audio may move without changing them: a frame
+SHARPNESS = 20.0  # of the probabilities of codes, by cosine
 MELS, SEMITONES = 80, 72  # bands of the envelope; of the notes, from C2 (65 Hz) up
 
 
@@ -256,6 +259,21 @@ class Codebooks:
             total += len(dead)
         return total
 
+    def log_shares(self, n: int) -> torch.Tensor:
+        """[n, V] how often the codes of the first n codebooks were used of late."""
+        return (self.uses[:n] / self.uses[:n].sum(1, keepdim=True) + 1e-5).log()
+
+    @torch.no_grad()
+    def centre(self, model: nn.Module, n: int) -> None:
+        """Move the first n quantisers' latents so that the mean code is 0: directions differ."""
+        for c, quantizer in enumerate(model.quantizer.quantizers[:n]):
+            mean = self.sums[c].sum(0) / self.uses[c].sum()
+            quantizer.in_proj.bias -= mean
+            at_mean, at_zero = quantizer.out_proj(torch.stack([mean, 0 * mean])[..., None])
+            quantizer.out_proj.bias += (at_mean - at_zero)[:, 0]
+            self.codes[c] -= mean
+            self.sums[c] -= mean * self.uses[c][:, None]
+
     def perplexity(self) -> torch.Tensor:
         p = self.uses / self.uses.sum(1, keepdim=True)
         return torch.exp(-(p * (p + 1e-10).log()).sum(1))
@@ -287,32 +305,45 @@ class Trained(nn.Module):
         columns = self.notes(audio)
         return wrong, (notes - (columns[..., :-1] + columns[..., 1:]) / 2).abs().mean()
 
-    def difference(self, z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Mean 1 - cosine between latents of z [B, D, T] and the first of another's codes."""
+    def ignorance(self, z: torch.Tensor, codes: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
+        """Minus the nats per token that z [B, D, T] tells of another's first codes.
+
+        Swapped prediction as in SwAV (Caron et al., 2020), less the entropy of the codes, whose
+        gradient comes from their running log shares `use` [n, V]: with a mere distance all
+        latents would become alike.
+        """
         total = z.new_zeros(())
-        for quantizer, tokens in zip(self.dac.quantizer.quantizers, codes.unbind(1), strict=False):
+        quantizers = self.dac.quantizer.quantizers
+        for quantizer, tokens, log_shares in zip(quantizers, codes.unbind(1), use, strict=False):
             with torch.no_grad():
-                code = quantizer.decode_code(tokens)
-                step = quantizer.out_proj(code)
-            total = total + 1 - nn.functional.cosine_similarity(quantizer.in_proj(z), code).mean()
+                step = quantizer.out_proj(quantizer.decode_code(tokens))
+                directions = nn.functional.normalize(quantizer.codebook.weight)
+            latents = nn.functional.normalize(quantizer.in_proj(z))
+            logits = SHARPNESS * torch.einsum("vd,bdt->bvt", directions, latents)
+            expected = torch.einsum("bvt,v->bt", logits.softmax(1), log_shares)
+            total = total + nn.functional.cross_entropy(logits, tokens) + expected.mean()
             z = z - step
         return total / codes.shape[1]
 
 
 def quantise(dac: nn.Module, z: torch.Tensor, keep: torch.Tensor):
-    """Quantise z [B, D, T] with the first keep[b] codebooks → sum, sum of the first, codes, …"""
-    rest, total, spectral = z, torch.zeros_like(z), z
+    """Quantise z [B, D, T] with the first keep[b] codebooks → sum, sum of the first, codes, …
+
+    What the first codebooks tell is not pulled at by the losses of the waveform.
+    """
+    rest, total, spectral = z, torch.zeros_like(z), torch.zeros_like(z)
     codes, latents, commitment = [], [], z.new_zeros(())
     for i, quantizer in enumerate(dac.quantizer.quantizers):
         step, commit, _, tokens, latent = quantizer(rest)
         kept = (keep > i).to(z.dtype)
+        if i < SPECTRAL:
+            spectral = spectral + step
+            step = step.detach()
         total = total + step * kept[:, None, None]
         rest = rest - step
         commitment = commitment + (commit * kept).mean()
         codes.append(tokens)
         latents.append(latent)
-        if i + 1 == SPECTRAL:
-            spectral = total
     return total, spectral, torch.stack(codes, 1), torch.cat(latents, 1), commitment
 
 
@@ -326,7 +357,9 @@ def forward(dac: nn.Module, audio: torch.Tensor, keep: torch.Tensor, bfloat16: b
     return out.float(), quantised
 
 
-def backward(model: Trained, audio: torch.Tensor, loss_of: nn.Module, bfloat16: bool):
+def backward(
+    model: Trained, audio: torch.Tensor, use: torch.Tensor, loss_of: nn.Module, bfloat16: bool
+):
     """Set the gradients of one part of the batch → codes, latents, and the losses by name."""
     torch.set_num_threads(1)
     model.zero_grad(set_to_none=True)
@@ -339,7 +372,7 @@ def backward(model: Trained, audio: torch.Tensor, loss_of: nn.Module, bfloat16: 
     envelope, notes = model.errors(spectral, audio)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         z = model.dac.encoder(half)
-    same = model.difference(z.float(), codes[:, :SPECTRAL, : z.shape[-1]])
+    same = model.ignorance(z.float(), codes[:, :SPECTRAL, : z.shape[-1]], use)
     losses = {
         "mel": loss_of(out, audio),
         "wave": (wave_error(out, audio) * keep / n).mean(),
@@ -420,8 +453,10 @@ def main() -> None:
     books = Codebooks(model.dac)
     if a.init:
         state = torch.load(a.init, weights_only=True)
+        model.load_state_dict(state["model"])
         model.dac.load_state_dict(state["ema"])
         books.uses, books.sums = state["uses"], state["sums"]
+        books.centre(model.dac, SPECTRAL)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.learning_rate, betas=(0.8, 0.99), weight_decay=0.01)
     ema = {k: v.clone() for k, v in model.dac.state_dict().items()}
@@ -471,9 +506,9 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-6)
         audio = train.draw(rng, a.batch, samples, 4.0).chunk(a.workers)
-        results = list(
-            pool.map(lambda m, x: backward(m, x, loss_of, not a.float32), replicas, audio)
-        )
+        use = books.log_shares(SPECTRAL)
+        work = functools.partial(backward, use=use, loss_of=loss_of, bfloat16=not a.float32)
+        results = list(pool.map(work, replicas, audio))
         codes, latents = (torch.cat([r[i] for r in results]) for i in (0, 1))
         for parameter, *others in zip(*(m.parameters() for m in replicas), strict=True):
             if not parameter.requires_grad:

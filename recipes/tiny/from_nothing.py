@@ -1,0 +1,68 @@
+"""Half a minute from nothing: does it stay level, with more than one note, as music does?
+
+Level and pitch classes of unconditional pieces, second by second, beside the range that excerpts of
+the test split as long have.
+"""
+
+import jax
+import jax.numpy as jnp
+import librosa
+import numpy as np
+from clips import clips, options
+
+import vampnet_jax as vampnet
+from vampnet_jax.evaluation.distances import SAMPLE_RATE
+
+SECONDS = 30.0
+
+
+def statistics(audio: np.ndarray) -> dict[str, float]:
+    """Of a piece `[samples]`, in blocks of a second."""
+    blocks = audio[: len(audio) // SAMPLE_RATE * SAMPLE_RATE].reshape(-1, SAMPLE_RATE)
+    levels = 10 * np.log10(np.square(blocks).mean(axis=1) + 1e-8)
+    chroma = librosa.feature.chroma_stft(
+        y=audio, sr=SAMPLE_RATE, n_fft=4096, hop_length=SAMPLE_RATE // 8
+    )
+    shares = chroma / np.maximum(chroma.sum(axis=0), 1e-9)
+    mean = shares.mean(axis=1) / shares.mean(axis=1).sum()
+    seconds = shares[:, : len(blocks) * 8].reshape(12, -1, 8).mean(axis=2)
+    third = len(levels) // 3
+    return {
+        "level: standard deviation, dB": float(levels.std()),
+        "level: last third less first, dB": float(levels[-third:].mean() - levels[:third].mean()),
+        "level: quietest second below the mean, dB": float(levels.mean() - levels.min()),
+        "pitch classes: entropy of the piece, bits": float(-(mean * np.log2(mean + 1e-12)).sum()),
+        "pitch classes: entropy of a frame, bits": float(
+            -(shares * np.log2(shares + 1e-12)).sum(axis=0).mean()
+        ),
+        "pitch classes: share that changes in a second": float(
+            np.abs(np.diff(seconds, axis=1)).sum(axis=0).mean() / 2
+        ),
+    }
+
+
+def main() -> None:
+    parser = options(__doc__, n_clips=4)
+    parser.add_argument("--pieces", type=int, default=4, help="how many to make")
+    a = parser.parse_args()
+    music = [statistics(x) for _, x in clips(a.music, a.split, "test", a.clips, SECONDS)]
+    model = vampnet.load(a.model)
+    codec = model.codec
+    shape = (1, codec.n_codebooks, round(SECONDS * codec.sample_rate / codec.hop_length))
+    made = []
+    for number in range(a.pieces):
+        key = jax.random.fold_in(jax.random.key(a.seed), number)
+        tokens = vampnet.vamp(model, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), key)
+        made.append(statistics(np.asarray(codec.decode(tokens))[0]))
+    print(f"| | {len(music)} excerpts of music: least, median, most | {len(made)} pieces |")
+    print("|---|---|---|")
+    for name in music[0]:
+        known = sorted(m[name] for m in music)
+        values = ", ".join(f"{m[name]:.2f}" for m in made)
+        inside = all(known[0] <= m[name] <= known[-1] for m in made)
+        middle = f"{known[0]:.2f}, {np.median(known):.2f}, {known[-1]:.2f}"
+        print(f"| {name} | {middle} | {values}{'' if inside else ' (outside)'} |")
+
+
+if __name__ == "__main__":
+    main()
