@@ -8,6 +8,8 @@ import sys
 import pytest
 
 import vampnet_jax as vampnet
+from codec_bridge import InputError
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.cli.status import INTERRUPTED
 
 SCRIPT = "from vampnet_jax.cli import main; main()"
@@ -25,6 +27,27 @@ def test_what_needs_no_command_imports_none_of_the_libraries(arguments):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("set()\n")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("says", "shown"),
+    [
+        ("batch_size is 0; set batch_size.", "--fine-batch-size is 0; set --fine-batch-size."),
+        ("/a/batch_size/b has no x_batch_size.", "/a/batch_size/b has no x_batch_size."),
+        ("seed is -1; set a seed.", "--fine-seed is -1; set a seed."),
+        ("A seed is no seedling; mesh has none.", "A seed is no seedling; mesh has none."),
+    ],
+)
+def test_errors_of_the_library_name_options_and_leave_other_words_alone(says, shown):
+    subjects = ("seed", "mesh")
+    with (
+        pytest.raises(InputError) as raised,
+        named_as_options(("batch_size",), subjects=subjects, prefix="fine_"),
+    ):
+        raise InputError(says)
+    assert str(raised.value) == shown
+    with pytest.raises(InputError, match=r"^seed is 1$"), named_as_options():
+        raise InputError("seed is 1")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")

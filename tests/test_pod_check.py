@@ -215,7 +215,7 @@ def test_what_the_compiler_cannot_place_does_not_fit(monkeypatch):
 
 
 def test_unknown_topologies_and_a_missing_compiler_are_one_sentence(monkeypatch):
-    with pytest.raises(InputError, match="v9:4x4: choose v5e, v5p, v6e"):
+    with pytest.raises(InputError, match="'v9:4x4'; choose v5e, v5p, v6e"):
         pod_check.devices_of("v9:4x4")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'vampnet-jax\[tpu\]'"):

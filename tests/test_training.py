@@ -256,7 +256,7 @@ def test_impossible_settings_are_refused_in_one_sentence(changes):
 
 def test_a_preset_of_the_other_stage_or_too_many_codebooks_are_refused():
     sizes = {"codec_codebooks": 3, "codebook_size": 32, "latent_dim": 8}
-    with pytest.raises(InputError, match="--stage fine"):
+    with pytest.raises(InputError, match="for the fine stage, not the coarse one"):
         preset_config("fine", "coarse", {"steps": 1}, **sizes)
     with pytest.raises(InputError, match="4 codebooks"):
         preset_config("tiny", "coarse", {"steps": 1}, **sizes)

@@ -26,16 +26,16 @@ def select(device: Device) -> list[jax.Device]:
     if device == "auto":
         return jax.devices()
     if device not in get_args(Device):
-        raise InputError(f"--device is {device!r}; choose one of {', '.join(get_args(Device))}.")
+        raise InputError(f"device is {device!r}; choose one of {', '.join(get_args(Device))}.")
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")  # or an idle GPU would be started as well
     try:
         found = jax.devices(device)
     except RuntimeError:
         raise InputError(
-            f"--device {device}: JAX finds no {device.upper()} here; install the extra for it "
-            f"(pip install 'vampnet-jax[{'cuda' if device == 'gpu' else device}]') or use "
-            "--device cpu."
+            f"device is {device!r}, but JAX finds no {device.upper()} here; install the extra for "
+            f"it (pip install 'vampnet-jax[{'cuda' if device == 'gpu' else device}]') or choose "
+            "'cpu'."
         ) from None
     jax.config.update("jax_default_device", found[0])
     return found

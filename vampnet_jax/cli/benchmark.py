@@ -9,6 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
 from codec_bridge.errors import InputError
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.cli.status import FAILED_CHECK, OK
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def main(argv: list[str]) -> int:
         return _compile_ahead(options, settings)
     every = {setting.device for setting in (*settings, *changed)}
     if len(every) == 1:
-        devices.select(options.device)
+        with named_as_options(subjects=("device",)):
+            devices.select(options.device)
     for setting in (*settings, *changed):
         _ = setting.found_device
     _measure(options, settings, changed, repeats)

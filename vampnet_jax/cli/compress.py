@@ -8,10 +8,14 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from codec_bridge.errors import InputError
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.devices import Device
 
 if TYPE_CHECKING:
     from vampnet_jax.cli.results import Results
+    from vampnet_jax.compression.compressor import Compressor
+    from vampnet_jax.compression.settings import Setting
+    from vampnet_jax.pipeline import Clip, Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     from vampnet_jax.cli.progress import StageBars
     from vampnet_jax.cli.results import run_interruptibly
     from vampnet_jax.compression.compressor import Compressor
-    from vampnet_jax.compression.settings import compress_with, compress_within
 
     results = one_result(options.output, overwrite=options.overwrite)
     audio = signal.read(options.input)
@@ -69,20 +72,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         devices.keep_compiled_programs()
-        devices.select(options.device)
+        with named_as_options(subjects=("device",)):
+            devices.select(options.device)
         compressor = Compressor.load(options.model)
         with StageBars() as bars:
             clip = pipeline.encode(compressor.model, audio, stereo=options.stereo, on_progress=bars)
-            if options.bitrate is not None:
-                result = compress_within(
-                    compressor, clip, options.bitrate, seed=options.seed,
-                    with_model=options.with_model, on_progress=bars,
-                )  # fmt: skip
-            else:
-                result = compress_with(
-                    compressor, clip, codebooks=options.codebooks, period=options.period,
-                    share=options.keep, seed=options.seed, with_model=options.with_model,
-                )  # fmt: skip
+            with named_as_options(["bitrate"], subjects=["codebooks", "period"]):
+                result = _compressed(options, compressor, clip, bars)
         (results.staging / options.output.name).write_bytes(result.data)
         results.commit([options.output.name])
         seconds = clip.n_samples / compressor.model.codec.sample_rate
@@ -94,6 +90,23 @@ def main(argv: list[str] | None = None) -> int:
     with results:
         run_interruptibly(work, results.discard)
     return 0
+
+
+def _compressed(
+    options: CompressOptions, compressor: "Compressor", clip: "Clip", on_progress: "Progress"
+) -> "Setting":
+    """With the setting that was asked for."""
+    from vampnet_jax.compression.settings import compress_with, compress_within
+
+    if options.bitrate is not None:
+        return compress_within(
+            compressor, clip, options.bitrate, seed=options.seed, with_model=options.with_model,
+            on_progress=on_progress,
+        )  # fmt: skip
+    return compress_with(
+        compressor, clip, codebooks=options.codebooks, period=options.period, share=options.keep,
+        seed=options.seed, with_model=options.with_model,
+    )  # fmt: skip
 
 
 def check(options: CompressOptions) -> None:

@@ -9,6 +9,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from codec_bridge.errors import InputError
 from vampnet_jax.cli.compress import one_result, require_constriction
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.devices import Device
 
 
@@ -54,11 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         devices.keep_compiled_programs()
-        devices.select(options.device)
+        with named_as_options(subjects=("device",)):
+            devices.select(options.device)
         compressor = Compressor.load(options.model)
         codec = compressor.model.codec
         try:
-            content = compressor.read(data)
+            with named_as_options(["with_model"]):
+                content = compressor.read(data)
         except InputError as error:
             raise InputError(f"{options.input} cannot be decompressed: {error}") from None
         staged = results.staging / options.output.name

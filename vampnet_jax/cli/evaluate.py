@@ -9,6 +9,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from codec_bridge.errors import InputError
 from vampnet_jax.cli.compress import require_constriction
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.devices import Device
 
 
@@ -25,12 +26,13 @@ class EvaluateOptions:
     """The folder for results: report.html, results.csv, results.json, plots, audio."""
     model: str = "tiny"
     """A model's name or directory."""
-    experiment: UseAppendAction[tuple[Literal["steps", "compression", "prompts"], ...]] = ()
+    experiment: UseAppendAction[tuple[Literal["prompts", "steps", "compression"], ...]] = ()
     """One of the paper's experiments; repeat for more (default: all, if there is no --config)."""
     config: Path | None = None
     """A YAML file of your own experiments."""
     excerpts: int = 100
-    """How many excerpts; as many others are the reference of Fréchet and kernel distances."""
+    """How many excerpts; as many others are the reference of Fréchet and kernel distances. None
+    overlap."""
     seconds: float = 10.0
     """Length of each."""
     embedding: UseAppendAction[tuple[Literal["mel-statistics", "crepe-tiny"], ...]] = ()
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in (("excerpts", 2), ("seconds", 0.5), ("listen", 0), ("seed", 0)):
         value = getattr(options, name)
         if not least <= value < 2**32:
-            raise InputError(f"--{name} is {value:g}; it must be at least {least}.")
+            raise InputError(f"--{name} is {value:g}; it must be from {least} to {2**32 - 1}.")
     if not options.audio.is_dir():
         raise InputError(f"{options.audio} is not a folder of recordings.")
     require_constriction()
@@ -65,12 +67,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         devices.keep_compiled_programs()
-        devices.select(options.device)
+        with named_as_options(subjects=("device",)):
+            devices.select(options.device)
         compressor = Compressor.load(options.model)
-        paper = paper_experiments(compressor.model.coarse.config.n_codebooks)
+        n_coarse = compressor.model.coarse.config.n_codebooks
+        paper = paper_experiments(n_coarse, compressor.n_codebooks)
         chosen = options.experiment if options.experiment or own else tuple(paper)
-        conditions = baselines(compressor.n_codebooks)
-        conditions += [c for name in chosen for c in paper[name]]
+        conditions = baselines() + [c for name in chosen for c in paper[name]]
         conditions += [c for rows in own.values() for c in rows]
         with StageBars() as bars:
             results = evaluate(

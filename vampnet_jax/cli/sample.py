@@ -15,6 +15,7 @@ from codec_bridge.audio import Audio, apply_gain, read, write
 from codec_bridge.errors import InputError
 from codec_bridge.hashes import file_hash
 from vampnet_jax import devices, figures, pipeline, placement, tokens
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.cli.progress import StageBars
 from vampnet_jax.cli.results import (
     Record,
@@ -26,13 +27,13 @@ from vampnet_jax.cli.results import (
     write_record,
 )
 from vampnet_jax.cli.sample_options import (
+    ARGUMENTS,
     NOT_RECORDED,
     RECORDED,
     Options,
     as_arguments,
     check_from_nothing,
     edit_of,
-    named_as_options,
     parse,
     prompt_of,
     sampling_of,
@@ -106,7 +107,8 @@ class Job:
 def _run(job: Job, record: Record | None, results: Results) -> None:
     options = job.options
     devices.keep_compiled_programs()
-    found = devices.select(options.device)
+    with named_as_options(subjects=("device",)):
+        found = devices.select(options.device)
     model = load(options.model)
     if options.device == "cpu":
         model.codec.device = "cpu"
@@ -118,7 +120,8 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
         )
     _check_against_model(job, model)
     if options.mesh is not None:
-        mesh = placement.mesh_of(options.mesh, model.coarse.config, found)
+        with named_as_options(subjects=("mesh",)):
+            mesh = placement.mesh_of(options.mesh, model.coarse.config, found)
         model = placement.divide(model, mesh)
     say(f"seed {job.seed}, model {model.name}, prompt {job.prompt.describe()}")
     with StageBars() as bars:
@@ -281,11 +284,11 @@ def _source(path: Path, options: Options, prompt: Prompt) -> Source:
         if options.pitch:
             raise InputError(f"--pitch needs audio, and {path} holds tokens.")
         clip = tokens.read(path)
-        with named_as_options():
+        with named_as_options(ARGUMENTS):
             prompt.check_duration(clip.n_samples / clip.sample_rate)
         return Source(path, clip, (clip.n_samples, clip.sample_rate))
     audio = _read_audio(path)
-    with named_as_options():
+    with named_as_options(ARGUMENTS):
         prompt.check_duration(audio.seconds)
     length = (audio.samples.shape[1], audio.rate)
     return Source(path, None, length, audio if len(options.input) == 1 else None)
@@ -320,7 +323,7 @@ def _check_against_model(job: Job, model: Model) -> None:
         ("", job.coarse, model.coarse),
         ("fine_", job.fine, model.fine),
     ):
-        with named_as_options(prefix):
+        with named_as_options(ARGUMENTS, prefix=prefix):
             sampling.check(stage.config)
 
 

@@ -1,9 +1,6 @@
 """The options of `vampnet sample`, and what they mean to the library."""
 
-import contextlib
 import dataclasses
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,6 +9,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from codec_bridge.errors import InputError
 from vampnet_jax import pipeline
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.pipeline import Edit
 from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, preset
 from vampnet_jax.release import read_description, sampling_defaults
@@ -162,8 +160,8 @@ FREE_WITHOUT_INPUT = [
     "seconds", "tokens", "num_samples", "seed", "model",
     *(prefix + f.name for f in dataclasses.fields(SamplingOptions) for prefix in ("", "fine_")),
 ]  # fmt: skip
-ARGUMENTS = (Prompt, Edit, SamplingOptions)
-"""Of the library: what their errors speak of are options here."""
+ARGUMENTS = {f.name for kind in (Prompt, Edit, SamplingOptions) for f in dataclasses.fields(kind)}
+"""Of the library: what its errors speak of are options here."""
 PRESET_OF_NOTHING = ("preset", "unconditional")
 
 
@@ -210,7 +208,7 @@ def sampling_of(options: Options, prefix: str = "") -> SamplingOptions:
     values = {name: None if value in OFF else value for name, value in values.items()}
     if values["codebook_steps"] is not None:
         values["codebook_steps"] = _numbers(values["codebook_steps"], f"{prefix}codebook_steps")
-    with named_as_options(prefix):
+    with named_as_options(ARGUMENTS, prefix=prefix):
         return SamplingOptions(**values)
 
 
@@ -239,7 +237,7 @@ def prompt_of(options: Options) -> Prompt:
         base = Prompt(periodic=1)  # what there is stays
     else:
         base = preset(DEFAULT_PRESET)
-    with named_as_options():
+    with named_as_options(ARGUMENTS):
         return dataclasses.replace(base, **given)
 
 
@@ -251,25 +249,8 @@ def edit_of(options: Options) -> Edit:
     """What else the options ask to be done to a clip; its own mask comes later."""
     if options.seconds is not None:
         return Edit(extend=options.seconds)
-    with named_as_options():
+    with named_as_options(ARGUMENTS):
         return Edit(stretch=options.stretch, extend=options.extend, feedback=options.feedback)
-
-
-@contextlib.contextmanager
-def named_as_options(prefix: str = "") -> Iterator[None]:
-    """A context in which the library's errors call its arguments as the command line does.
-
-    `beat_every` is `--beat-every` there, and `top_k` of the stage with prefix "fine_" is
-    `--fine-top-k`.
-    """
-    try:
-        yield
-    except InputError as error:
-        names = "|".join(f.name for kind in ARGUMENTS for f in dataclasses.fields(kind))
-        text = re.sub(
-            rf"\b({names})\b", lambda name: f"--{prefix}{name[0]}".replace("_", "-"), str(error)
-        )
-        raise InputError(text) from None
 
 
 def _span(text: str) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from codec_bridge.errors import InputError
+from vampnet_jax.cli.naming import named_as_options
 
 if TYPE_CHECKING:
     from codec_bridge import Codec
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
     *inputs, out = options.paths
     console = Console()
-    host = hosts.parse_host(options.shard, os.environ) if options.shard else None
+    with named_as_options(subjects=("shard",)):
+        host = hosts.parse_host(options.shard, os.environ) if options.shard else None
     files = audio_files.find_audio(inputs)
     if options.split_file:
         files, left_out = audio_files.assign_splits(files, options.split_file)
@@ -84,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     share = f", share {host.number} of {host.count}" if host else ""
     console.print(
         f"{out}{share}: {len(tracks)} tracks, {hours:.2f} h ({outcome.encoded} new, "
-        f"{outcome.unchanged} unchanged, {len(outcome.skipped)} skipped)"
+        f"{outcome.unchanged} unchanged, {len(outcome.skipped)} skipped)",
+        markup=False,
     )
     for path, problem in outcome.skipped.items():
         console.print(f"skipped {path}: {problem}", markup=False, highlight=False)

@@ -8,6 +8,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from codec_bridge.errors import InputError
+from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.cli.status import FAILED_CHECK, INTERRUPTED, OK, TRY_AGAIN, loading
 
 LoraTarget = Literal["query", "key", "value", "out", "up", "down"]
@@ -143,6 +144,8 @@ ASKED = (
 )
 """Options that are no settings of the training but say which run is meant, and from what."""
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
+PATHS = {"out", "data", "codec"}
+"""Of which errors give the value, which may be the same word."""
 NOT_SETTINGS = {*ASKED, *LORA, "source_weight", "compile_only", "topology"}
 
 
@@ -154,6 +157,13 @@ def main(argv: list[str] | None = None) -> int:
         args=argv,
         config=(FlagCreatePairsOff,),
     )
+    names = {field.name for field in dataclasses.fields(options)}
+    one_word = {name for name in names if "_" not in name}
+    with named_as_options(names - one_word, subjects=one_word - PATHS):
+        return _run(options)
+
+
+def _run(options: TrainOptions) -> int:
     settings = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)

@@ -1,7 +1,6 @@
 """Every number of a training run, and the presets."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ Stage = Literal["coarse", "fine"]
 Preset = Literal["tiny", "small", "base", "coarse", "fine"]
 ScheduleName = Literal["noam", "cosine", "constant"]
 SourceWeights = tuple[tuple[str, float], ...]
+NO_END = "Training would never end: give a number of steps, of minutes, or both."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class TrainConfig:
         if self.schedule not in get_args(ScheduleName):
             raise InputError(f"schedule is {self.schedule!r}; choose noam, cosine or constant.")
         if self.steps is None and self.minutes is None:
-            raise InputError("Give --steps, --minutes or both, so that training ends.")
+            raise InputError(NO_END)
         for name in ("steps", "minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
@@ -142,7 +142,9 @@ class TrainConfig:
             weights = tuple((name, weight) for name, weight in content.get("source_weights", ()))
             nested = {"model": model, "lora": adapters, "source_weights": weights}
             return cls(**{**content, **nested})
-        except (KeyError, TypeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"The run's configuration does not fit this version: {error}."
             ) from error
@@ -277,7 +279,7 @@ def preset_config(
       InputError: impossible values, or a preset of the other stage.
     """
     if (preset, stage) not in PRESETS:
-        raise InputError(f"Preset {preset!r} is for the {preset} stage; set --stage {preset}.")
+        raise InputError(f"Preset {preset!r} is for the {preset} stage, not the {stage} one.")
     values = dict(PRESETS[preset, stage])
     given = {name: value for name, value in overrides.items() if value is not None}
     if "minutes" in given and "steps" not in given:
@@ -287,7 +289,7 @@ def preset_config(
     if values["n_codebooks"] > codec_codebooks:
         raise InputError(
             f"The model would read {values['n_codebooks']} codebooks, but the tokens have "
-            f"{codec_codebooks}; set --n-codebooks."
+            f"{codec_codebooks}; set n_codebooks."
         )
     values |= {"vocab_size": codebook_size, "latent_dim": latent_dim}
     model = {name: value for name, value in values.items() if name in _MODEL_FIELDS}
@@ -307,11 +309,6 @@ def adapting(overrides: Mapping[str, Any], window_seconds: float | None) -> dict
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     if not given.keys() & {"steps", "minutes"}:
-        raise InputError("Give --steps, --minutes or both, so that training ends.")
+        raise InputError(NO_END)
     window = {} if window_seconds is None else {"window_seconds": window_seconds}
     return {**LORA, **window, **given}
-
-
-def to_json(content: Mapping[str, Any]) -> bytes:
-    """Indented JSON with a final newline."""
-    return (json.dumps(content, indent=1) + "\n").encode()

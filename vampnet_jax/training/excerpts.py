@@ -298,6 +298,7 @@ def long_enough(tracks: Sequence[Track], window: int, what: str) -> tuple[list[T
         longest = max((track.frames for track in tracks), default=0)
         raise InputError(
             f"None of the {len(tracks)} {what} tracks is as long as the window of {window} "
-            f"frames (the longest has {longest}); tokenise longer audio or set a smaller --window."
+            f"frames (the longest has {longest}); tokenise longer audio or set a smaller "
+            "window_seconds."
         )
     return kept, len(tracks) - len(kept)

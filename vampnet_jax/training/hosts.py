@@ -60,7 +60,7 @@ def parse_host(text: str, environment: Mapping[str, str]) -> Host:
         text = _from_job_system(environment)
     match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
     if match is None:
-        raise InputError(f"--shard is {text!r}; give number/hosts, such as 1/4, or auto.")
+        raise InputError(f"shard is {text!r}; give number/hosts, such as 1/4, or auto.")
     return Host(int(match[1]), int(match[2]))
 
 
@@ -71,7 +71,7 @@ def _from_job_system(environment: Mapping[str, str]) -> str:
             n_hosts = int(count) if count.isdecimal() else len(count.split(","))
             return f"{int(environment[rank]) + 1}/{n_hosts}"
     raise InputError(
-        "--shard auto finds no job system; give this host's number, such as --shard 1/4."
+        "shard is 'auto', but there is no job system here; give this host's number, such as 1/4."
     )
 
 

@@ -112,7 +112,7 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
     """
     kind = topology.partition(":")[0]
     if kind not in CHIPS:
-        raise InputError(f"--topology {topology}: choose {', '.join(CHIPS)}, such as v5e:16x16.")
+        raise InputError(f"topology is {topology!r}; choose {', '.join(CHIPS)}, such as v5e:16x16.")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("Compiling for a TPU needs its compiler; pip install 'vampnet-jax[tpu]'.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine's own TPU is not asked for
@@ -122,7 +122,9 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the TPU library raises its own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--topology {topology}: {reason}") from error
+        raise InputError(
+            f"topology is {topology!r}, which the TPU compiler refuses ({reason})."
+        ) from error
     return list(description.devices), CHIPS[kind]
 
 
@@ -229,7 +231,7 @@ def check(
     try:
         report = measure(compile_step(config, layout, n_frames), config, n_frames, chip)
     except DoesNotFit as error:
-        console.print(f"does not fit: {error}", soft_wrap=True)
+        console.print(f"does not fit: {error}", soft_wrap=True, markup=False)
         return False
     console.print(_table(report))
     fits = report.needs.memory <= chip.memory

@@ -267,7 +267,7 @@ def _encode_all(
     except BrokenProcessPool as error:
         raise InputError(
             "A worker process died, perhaps for lack of memory; what was finished is kept: repeat "
-            "the command, with fewer --workers."
+            "the command, with fewer workers."
         ) from error
     except BaseException:  # Ctrl-C: do not wait for the tracks being encoded
         for process in multiprocessing.active_children():
