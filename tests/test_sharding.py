@@ -134,15 +134,38 @@ def test_a_process_has_consecutive_rows_of_the_batch():
 
 
 @pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([(0, 32)], (0, 1)),
+        ([(16, 24), (24, 32)], (1, 2)),
+        ([(16, 24), (16, 24)], (2, 4)),  # tensor within the process
+        # Three processes of four devices, tensor=3: the second has half of either part.
+        ([(0, 8), (0, 8), (0, 8), (8, 16)], (0, 2)),
+        ([(8, 16), (8, 16), (16, 24), (16, 24)], (0, 1)),
+        ([(16, 24), (24, 32), (24, 32), (24, 32)], (1, 2)),
+    ],
+)
+def test_a_process_reads_its_part_of_the_batch_or_all_if_its_rows_are_none(
+    monkeypatch, rows, wanted
+):
+    class Batch:
+        def addressable_devices_indices_map(self, shape):
+            return {number: (slice(*bounds),) for number, bounds in enumerate(rows)}
+
+    monkeypatch.setattr(Layout, "batch", Batch())
+    assert Layout(AbstractMesh((1, 1, 1), AXES)).share(32) == wanted
+
+
+@pytest.mark.parametrize(
     ("mesh", "batch", "words"),
     [
-        ("data=3", 24, "does not divide the 8 devices"),
+        ("data=3", 24, "mesh has data=3, which does not divide the 8 devices"),
         ("data=16,fsdp=1,tensor=1", 16, "needs 16 devices; there are 8"),
         ("tensor=4", 8, "2 heads; choose one of 1, 2"),
         ("model=2", 8, "'model=2'"),
         ("data=0", 8, "'data=0'"),
         ("data=2,data=2", 8, "'data=2'"),
-        (None, 25, "--batch-size 24 or 32"),
+        (None, 25, "batch_size to 24 or 32"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused_in_one_sentence(mesh, batch, words):

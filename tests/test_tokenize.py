@@ -53,9 +53,7 @@ class Levels:
         return np.stack([first, 255 - first], axis=1)
 
 
-def tone(
-    path: Path, seconds: float, gain: float = 0.1, hz: float = 440.0, channels: int = 1
-) -> Path:
+def tone(path: Path, seconds: float, channels: int = 1) -> Path:
     t = np.arange(round(seconds * RATE)) / RATE
     wave = 0.1 * np.sin(2 * np.pi * 440 * t)
     path.parent.mkdir(parents=True, exist_ok=True)

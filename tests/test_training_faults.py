@@ -24,7 +24,7 @@ from vampnet_jax.cli.status import INTERRUPTED, TRY_AGAIN
 from vampnet_jax.cli.train import TrainOptions
 from vampnet_jax.cli.train import main as train
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.training import faults, frequencies, loop
+from vampnet_jax.training import checkpoints, faults, frequencies, loop
 from vampnet_jax.training.checkpoints import Checkpoints, load_run, read_run
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.log import RunLog
@@ -108,7 +108,7 @@ def test_continuing_with_other_settings_is_refused_in_one_sentence(whole_run, to
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     command = [str(tokens), "--out", str(run)]
-    with pytest.raises(InputError, match=r"batch_size 4 and cannot be continued with 8"):
+    with pytest.raises(InputError, match=r"--batch-size 4 and cannot be continued with 8"):
         train([*command, "--batch-size=8"])
     with pytest.raises(InputError, match=r"--preset tiny and cannot be continued with coarse"):
         train([*command, "--preset=coarse"])
@@ -130,6 +130,8 @@ def test_a_run_can_begin_with_the_weights_of_another(whole_run, tokens, tmp_path
         return begun
 
     monkeypatch.setattr(loop, "with_weights", with_weights_noted)
+    run.mkdir()
+    (run / ".config.1a2b3c4d.json").touch()  # of a start that was killed
     assert train([*command, "--steps=1"]) == 0
     weights, config = load_run(whole_run)
     np.testing.assert_array_equal(starts[0].params["norm"], weights["norm"])
@@ -138,7 +140,9 @@ def test_a_run_can_begin_with_the_weights_of_another(whole_run, tokens, tmp_path
     assert read_run(run)[0].model == config
     assert train([*command, "--steps=2"]) == 0  # its own checkpoint comes first
     assert len(starts) == 1
-    with pytest.raises(InputError, match=r"has n_layers 1, which cannot become 3"):
+    with pytest.raises(InputError, match=r"not begun with the weights of tiny; leave --init-from"):
+        train([*command[:3], "--init-from=tiny", "--steps=3"])
+    with pytest.raises(InputError, match=r"has --n-layers 1, which cannot become 3"):
         train([*command[:2], str(tmp_path / "other"), *command[3:], "--steps=1", "--n-layers=3"])
     assert not (tmp_path / "other").exists()
 
@@ -186,6 +190,28 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
     assert "warning: checkpoint 6 is damaged" in shown
     assert "from step 4" in shown
     assert (run / "damaged" / "6").is_dir()
+    assert same_end(run, whole_run)
+
+
+def test_whatever_the_reading_of_a_checkpoint_raises_the_one_before_is_used(
+    whole_run, tmp_path, capsys, monkeypatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    read = checkpoints._read
+    errors = {6: AssertionError(), 4: ValueError("[/state] has no [end]")}
+
+    def read_or_raise(reader, step, wanted):
+        if step in errors:
+            raise errors[step]
+        return read(reader, step, wanted)
+
+    monkeypatch.setattr(checkpoints, "_read", read_or_raise)
+    assert train(["--out", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "checkpoint 6 is damaged (AssertionError: AssertionError)" in shown
+    assert "checkpoint 4 is damaged (ValueError: [/state] has no [end])" in shown
+    assert "from step 2" in shown
     assert same_end(run, whole_run)
 
 
@@ -244,9 +270,13 @@ def test_a_state_is_restored_onto_any_mesh(whole_run):
 # --- losses
 
 
-def test_metrics_are_read_one_step_behind_and_all_before_a_save(tokens, tmp_path, monkeypatch):
+def test_metrics_are_read_one_step_behind_and_all_before_a_save_and_compiling_takes_no_time(
+    tokens, tmp_path, monkeypatch
+):
     order = []
     init, check, save = loop._Loop.__init__, loop._Loop.check_finite, Checkpoints.save
+    restart = loop.Meter.restart  # at first, after the first step was compiled, after each report
+    monkeypatch.setattr(loop.Meter, "restart", lambda *a: (order.append("time"), restart(*a))[1])
 
     def init_and_listen(self, *args):
         init(self, *args)
@@ -261,8 +291,8 @@ def test_metrics_are_read_one_step_behind_and_all_before_a_save(tokens, tmp_path
     options = ["--steps=4", "--save-every=3"]
     assert train([str(tokens), "--out", str(tmp_path / "run"), *options, *SMALL]) == 0
     assert order == [
-        *("start 1", "start 2", "read 1", "start 3", "read 2", "read 3", "save 3"),
-        *("start 4", "read 4", "save 4"),
+        *("time", "start 1", "time", "start 2", "read 1", "time", "start 3", "read 2", "time"),
+        *("read 3", "time", "save 3", "start 4", "read 4", "time", "save 4"),
     ]
 
 
@@ -273,7 +303,8 @@ def test_a_state_whose_loss_is_not_finite_is_never_saved(tokens, tmp_path):
         train([str(tokens), "--out", str(run), *options, *SMALL])
     config, _ = read_run(run)
     restored = Checkpoints(run, keep=2, read_only=True).restore(config)
-    assert restored is None or all(np.isfinite(x).all() for x in jax.tree.leaves(restored.state))
+    assert restored is not None
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.state))
 
 
 def test_a_norm_far_above_the_usual_one_is_a_spike_until_it_is_usual():
@@ -337,7 +368,6 @@ def test_a_full_disk_ends_with_one_sentence_and_leaves_the_checkpoint_before(
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     shutil.rmtree(run / "checkpoints" / "6")
-    save = Checkpoints.save
 
     def full(self, step, *args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -348,7 +378,6 @@ def test_a_full_disk_ends_with_one_sentence_and_leaves_the_checkpoint_before(
             InputError, match=r"The disk of .* is full \(\d+ MiB free .*: make room"
         ):
             train(["--out", str(run)])
-    assert Checkpoints.save is save
     assert train(["--out", str(run)]) == 0
     assert same_end(run, whole_run)
 

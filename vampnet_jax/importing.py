@@ -114,8 +114,7 @@ def merge_lora(
         if stage in adapters:
             raise InputError(f"{run} is a second run of the {stage} stage; give one.")
         adapters[stage] = load_adapters(run)
-        found = lora.fingerprint(getattr(whole, stage).params)
-        if found != facts["adapted"]["fingerprint"]:
+        if whole.fingerprints[stage] != facts["adapted"]["fingerprint"]:
             raise InputError(
                 f"{run} adapts {facts['adapted']['source']}, whose {stage} stage is not that of "
                 f"{model}; give that model."

@@ -6,7 +6,6 @@ rank 8 and scale 1/8 on every projection but the keys' (VampNet, section 4).
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -116,18 +115,6 @@ def attach(params: dict, adapters: Adapters, lora: LoraConfig) -> dict:
     """
     scaled = {name: pair | {"b": lora.scale * pair["b"]} for name, pair in adapters.items()}
     return {**params, "adapters": scaled}
-
-
-def fingerprint(params: dict) -> str:
-    """SHA-256 over a model's parameters, by which a run knows the model that it adapts."""
-    digest = hashlib.sha256()
-    for path, array in sorted(
-        (jax.tree_util.keystr(path, simple=True, separator="/"), array)
-        for path, array in jax.tree_util.tree_leaves_with_path(params)
-    ):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(array, np.float32).tobytes())
-    return digest.hexdigest()
 
 
 def save(path: str | os.PathLike, adapters: Adapters, lora: LoraConfig) -> None:

@@ -38,6 +38,16 @@ def init(key: jax.Array, config: ModelConfig, codebooks: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(VampNet(config, used, nnx.Rngs(params=key))))
 
 
+def to_device(params: Params) -> Params:
+    """Hand NumPy arrays over to JAX, letting go of each; they must not be written to any more.
+
+    On CPU, JAX takes over the memory of aligned arrays, where `jnp.asarray` would copy it.
+    """
+    for key, value in params.items():
+        params[key] = to_device(value) if isinstance(value, dict) else jax.device_put(value)
+    return params
+
+
 @functools.partial(jax.jit, static_argnames="config")  # a scan outside jit compiles at every call
 def apply(
     params: Params,

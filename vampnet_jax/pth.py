@@ -20,6 +20,7 @@ from codec_bridge.errors import InputError
 from vampnet_jax import lora
 from vampnet_jax import pth_table as table
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.model import to_device
 
 if TYPE_CHECKING:
     import torch
@@ -117,16 +118,6 @@ def read(
     if not (deltas and keep_lora):
         return Checkpoint(params, config)
     return Checkpoint(params, config, _stack_adapters(deltas, config, lora_config), lora_config)
-
-
-def to_device(params: dict) -> dict:
-    """Hand numpy arrays over to JAX, letting go of each; they must not be written to any more.
-
-    On CPU, JAX takes over the memory of aligned arrays, where `jnp.asarray` would copy it.
-    """
-    for key, value in params.items():
-        params[key] = to_device(value) if isinstance(value, dict) else jax.device_put(value)
-    return params
 
 
 def export(

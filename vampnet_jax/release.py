@@ -91,8 +91,8 @@ class Model:
         Hashed once, unless the files they were loaded from say it.
         """
         return {
-            "coarse": _fingerprint(self.coarse.params),
-            "fine": _fingerprint(self.fine.params),
+            "coarse": params_fingerprint(self.coarse.params),
+            "fine": params_fingerprint(self.fine.params),
             "codec": self.codec.fingerprint,
         }
 
@@ -272,13 +272,22 @@ def _save_stage(stage: Stage, path: Path, dtype: str) -> None:
 
 def load_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage:
     """One of the two transformers alone, from a directory and its checked description."""
+    stage = read_stage(directory, name, description)
+    return stage._replace(params=network.to_device(stage.params))
+
+
+def read_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage:
+    """The same with its parameters in the host's memory, as NumPy arrays."""
     config = ModelConfig(**description[name]["config"])
     params = load_params(_existing(directory, f"{name}.safetensors"), config)
     kept = load_adapters(directory, name, description)
-    return Stage(params if kept is None else lora.merge(params, *kept), config)
+    if kept is not None:
+        params = jax.tree.map(np.asarray, lora.merge(params, *kept))
+    return Stage(params, config)
 
 
-def _fingerprint(params: network.Params) -> str:
+def params_fingerprint(params: network.Params) -> str:
+    """`codec_bridge.hashes.fingerprint` of a model's parameters, by their paths."""
     return fingerprint(flatten_dict(params, sep="/"))
 
 
@@ -303,7 +312,11 @@ def load_adapters(
 
 
 def load_params(path: Path, config: ModelConfig) -> network.Params:
-    """Read a parameter file, checked against the configuration before anything is loaded."""
+    """Read a parameter file, checked against the configuration before anything is loaded.
+
+    Returns:
+      Parameters as `vampnet_jax.apply` takes them, but NumPy arrays in the host's memory.
+    """
     from safetensors import SafetensorError, safe_open
 
     shape = (config.n_codebooks, config.vocab_size, config.latent_dim)
@@ -319,7 +332,7 @@ def load_params(path: Path, config: ModelConfig) -> network.Params:
                     f"{path} does not fit its config.json: {', '.join(dict.fromkeys(wrong))} "
                     "missing, unknown or of another shape."
                 )
-            flat = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in wanted}
+            flat = {name: file.get_tensor(name).astype(np.float32, copy=False) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); fetch or make it again.") from None
     return unflatten_dict(flat, sep="/")

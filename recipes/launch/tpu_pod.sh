@@ -18,7 +18,8 @@ for _ in $(seq "${MAX_RESTARTS:-100}"); do
   case $state in
     READY) ;;
     "") tpu create --accelerator-type="$ACCELERATOR" --version="$VERSION" ${SPOT:+--spot} ;;
-    *) tpu delete --quiet; continue ;;  # preempted or broken
+    PREEMPTED | TERMINATED | STOPPED) tpu delete --quiet; continue ;;
+    *) sleep 30; continue ;;  # being made, mended or deleted
   esac
   # Every host runs the same program; the hosts find each other by the slice's metadata.
   tpu ssh --worker=all --command="$command"

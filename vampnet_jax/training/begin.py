@@ -1,4 +1,7 @@
-"""Which run a command begins, or continues: own run → given weights → from scratch."""
+"""Which run a command begins, or continues: own run → given weights → from scratch.
+
+A request is what a person asked for on the command line, so errors about it speak of options.
+"""
 
 import dataclasses
 import functools
@@ -14,8 +17,9 @@ from jax.experimental import multihost_utils
 
 from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.lora import LoraConfig, fingerprint
+from vampnet_jax.lora import LoraConfig
 from vampnet_jax.model import Params
+from vampnet_jax.release import params_fingerprint
 from vampnet_jax.training import remote
 from vampnet_jax.training.checkpoints import CONFIG, read_run, write_run
 from vampnet_jax.training.config import Preset, Stage, TrainConfig, adapting, preset_config
@@ -98,7 +102,7 @@ class Run(NamedTuple):
     """Which devices compute."""
 
     def initial(self) -> Callable[[], Params] | None:
-        """Loads the weights to begin with, or to adapt, if any were named."""
+        """Loads the weights to begin with, or to adapt, if any were named: NumPy arrays."""
         if self.facts.get("adapted"):
             return functools.partial(load_adapted, self.facts)
         source = self.facts.get("init_from")
@@ -162,7 +166,7 @@ def new(request: Request, out: Path) -> Run:
         request = dataclasses.replace(request, settings=settings)
     if request.data is None:
         raise InputError("Give the folder of tokens to train from.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not _is_hidden(path) for path in out.iterdir())):
         raise InputError(f"{out} is not empty; choose another folder with --out.")
     folder = remote.local(request.data)
     manifest = read_manifest(folder)
@@ -174,7 +178,7 @@ def new(request: Request, out: Path) -> Run:
     if source is not None:
         described, weights = describe_stage(source, stage), _weights(source, stage, codebooks)
         if _adapts(request):
-            adapted = {"source": source, "fingerprint": fingerprint(weights.params)}
+            adapted = {"source": source, "fingerprint": params_fingerprint(weights.params)}
         else:
             init_from = source
     config = _resolved(request, described, manifest.codec, codebooks.shape[2])
@@ -254,6 +258,14 @@ def continued(request: Request, out: Path) -> Run:
         config, **{name: value for name, value in given.items() if name in MAY_CHANGE}
     )
     adapted = facts.get("adapted") or {}
+    if request.init_from and facts.get("init_from") not in (
+        request.init_from,
+        str(Path(request.init_from).resolve()),  # which need not be there any more
+    ):
+        raise InputError(
+            f"{out} was not begun with the weights of {request.init_from}; leave --init-from out, "
+            "or train anew with another --out."
+        )
     if request.lora_from and _absolute(request.lora_from) != adapted.get("source"):
         raise InputError(
             f"{out} was begun with --lora-from {adapted.get('source')} and cannot be continued "
@@ -282,6 +294,11 @@ def continued(request: Request, out: Path) -> Run:
     if jax.process_index() == 0:
         write_run(out, config, facts)
     return Run(out, config, facts, data, listening, layout)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Such as what a process that was killed leaves of a file it was writing."""
+    return path.name.startswith(".")
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,7 +370,7 @@ def _listening(
 
 def _weights(source: str, stage: str, codebooks: np.ndarray) -> Weights:
     weights = load_stage(source, stage)
-    spoken = np.asarray(weights.params["embedding"]["codebooks"])
+    spoken = weights.params["embedding"]["codebooks"]
     if not np.array_equal(spoken, codebooks[: len(spoken)]):
         raise InputError(f"{source} speaks the tokens of another codec than those given.")
     return weights

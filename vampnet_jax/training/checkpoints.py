@@ -31,8 +31,9 @@ from codec_bridge.atomic import atomic_write
 from codec_bridge.errors import InputError
 from vampnet_jax import lora
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.model import Params
+from vampnet_jax.model import Params, to_device
 from vampnet_jax.training.config import TrainConfig
+from vampnet_jax.training.faults import brief
 from vampnet_jax.training.step import TrainState, abstract_state, with_codebooks
 
 FORMAT_VERSION = 1
@@ -201,7 +202,7 @@ class Checkpoints:
             try:
                 restored = _read(reader, step, wanted)
             except Exception as error:  # Orbax and TensorStore raise many kinds
-                problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                problem = f"{type(error).__name__}: {brief(error)}"
             problem = _of_any_process(problem)
             if problem is None:
                 assert restored is not None
@@ -214,8 +215,7 @@ class Checkpoints:
             newest = max(problems)
             raise InputError(
                 f"No checkpoint in {self._folder} can be read (step {newest}: {problems[newest]}); "
-                "nothing was changed. Restore the folder from a copy, or train anew with another "
-                "--out."
+                "nothing was changed. Restore the folder from a copy, or train anew in another one."
             )
         return None
 
@@ -242,14 +242,17 @@ class Checkpoints:
             )
         self._manager.reload()
 
-    def restore_params(self, config: TrainConfig, step: int) -> Params:
-        """The weights to use: the moving average where one is kept; adapters for a LoRA run."""
-        wanted = _saved_part(_abstract_state(config, None))
+    def read_params(self, config: TrainConfig, step: int) -> Params:
+        """The weights to use: the moving average where one is kept; adapters for a LoRA run.
+
+        They are NumPy arrays, in the host's memory.
+        """
+        wanted = abstract_state(config)._asdict()
         kept = "ema" if config.ema_decay else "params"
         part = {kept: wanted[kept], "codebooks": wanted["codebooks"]}
         arguments = ocp.args.PyTreeRestore(
             part,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part),
             partial_restore=True,
         )
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
@@ -279,12 +282,19 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Params, M
       InputError: no run, no checkpoint that can be read, or no such step; or the model that a LoRA
         run adapts is not where it was.
     """
-    config, facts, params = _load(Path(run_dir), step)
+    params, model = read_weights(run_dir, step=step)
+    return to_device(params), model
+
+
+def read_weights(run_dir: str | Path, *, step: int | None = None) -> tuple[Params, ModelConfig]:
+    """As `load_run`, but the parameters are NumPy arrays in the host's memory."""
+    config, facts, params = _read_trained(Path(run_dir), step)
     if config.lora is None:
         return params, config.model
     from vampnet_jax.training.initial import load_adapted
 
-    return lora.merge(load_adapted(facts), params, config.lora), config.model
+    merged = lora.merge(load_adapted(facts), params, config.lora)
+    return jax.tree.map(np.asarray, merged), config.model
 
 
 def load_adapters(
@@ -298,14 +308,14 @@ def load_adapters(
     Raises:
       InputError: as `load_run`, or the run trains no adapters.
     """
-    config, _, adapters = _load(Path(run_dir), step)
+    config, _, adapters = _read_trained(Path(run_dir), step)
     if config.lora is None:
         raise InputError(f"{run_dir} trains a whole model, no LoRA adapters; use `vampnet import`.")
-    return adapters, config.lora
+    return to_device(adapters), config.lora
 
 
-def _load(run: Path, step: int | None) -> tuple[TrainConfig, dict[str, Any], Params]:
-    """Settings, facts, and what was trained."""
+def _read_trained(run: Path, step: int | None) -> tuple[TrainConfig, dict[str, Any], Params]:
+    """Settings, facts, and what was trained, as NumPy arrays."""
     config, facts = read_run(run)
     if not (run / "checkpoints").is_dir():
         raise InputError(f"{run} has no checkpoint yet; train for longer.")
@@ -318,7 +328,7 @@ def _load(run: Path, step: int | None) -> tuple[TrainConfig, dict[str, Any], Par
     try:
         for chosen in checkpoints.by_loss() if step is None else [step]:
             try:
-                return config, facts, checkpoints.restore_params(config, chosen)
+                return config, facts, checkpoints.read_params(config, chosen)
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 warnings.warn(f"{run}: checkpoint {chosen} cannot be read ({error})", stacklevel=2)
         which = "No checkpoint" if step is None else f"Checkpoint {step}"

@@ -88,7 +88,7 @@ def writing(run: Path) -> Iterator[None]:
                 "command again."
             ) from error
         raise InputError(
-            f"{run} cannot be written to ({_brief(error)}); {kept}: mend that and run the same "
+            f"{run} cannot be written to ({brief(error)}); {kept}: mend that and run the same "
             "command again."
         ) from error
 
@@ -110,7 +110,7 @@ def reading(folder: str | Path) -> Iterator[None]:
         if _is_gone(folder):
             raise InputError(_gone(folder)) from error
         raise InputError(
-            f"The tokens in {folder} cannot be read any more ({_brief(error)}); mend that, then "
+            f"The tokens in {folder} cannot be read any more ({brief(error)}); mend that, then "
             "run the same command again."
         ) from error
 
@@ -141,6 +141,7 @@ def _free(folder: Path) -> str:
         return "free space unknown"
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -31,7 +31,7 @@ MEASURED_SIZE = 1024
 
 
 class Peak(NamedTuple):
-    """What all devices of the run could do together."""
+    """What the devices of a run could do together."""
 
     flops: float
     """FLOP/s."""
@@ -61,15 +61,15 @@ def step_flops(config: TrainConfig, n_frames: int) -> float:
     return float(config.batch_size * n_frames * per_frame)
 
 
-def peak(config: TrainConfig) -> Peak:
-    """The peak of all devices of all processes: known by their kind, or measured here and now."""
+def peak(config: TrainConfig, n_devices: int) -> Peak:
+    """The peak of the devices that train: known by their kind, or measured here and now."""
     device = jax.local_devices()[0]
     known = PEAK_FLOPS.get(device.device_kind)
     if known is not None:
-        n = jax.device_count()
-        return Peak(n * known, f"{n} × {known / 1e12:g} TFLOP/s ({device.device_kind}, data sheet)")
+        source = f"{n_devices} × {known / 1e12:g} TFLOP/s ({device.device_kind}, data sheet)"
+        return Peak(n_devices * known, source)
     # CPU devices of one process are not several: they share its cores.
-    n = jax.process_count() if device.platform == "cpu" else jax.device_count()
+    n = jax.process_count() if device.platform == "cpu" else n_devices
     rate = matmul_rate(config.model.dtype)
     return Peak(
         n * rate,

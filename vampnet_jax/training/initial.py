@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codec_bridge.errors import InputError
-from vampnet_jax import lora, release
+from vampnet_jax import release
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.model import Params
-from vampnet_jax.training.checkpoints import load_run, read_run
+from vampnet_jax.training.checkpoints import read_run, read_weights
 from vampnet_jax.training.tokens import CodecInfo
 
 
@@ -17,7 +17,8 @@ class Weights(NamedTuple):
     """A trained stage."""
 
     params: Params
-    """As `vampnet_jax.apply` takes them."""
+    """As `vampnet_jax.apply` takes them, but NumPy arrays: what becomes of them decides where they
+    go, and a device may hold only its part."""
     config: ModelConfig
     window: int
     """Frames that it reads at once."""
@@ -72,14 +73,14 @@ def load_stage(source: str | Path, stage: str) -> Weights:
     """
     window = describe_stage(source, stage).window
     if is_run(source):
-        return Weights(*load_run(source), window)
+        return Weights(*read_weights(source), window)
     directory = release.resolve(source)
-    loaded = release.load_stage(directory, stage, release.read_description(directory))
+    loaded = release.read_stage(directory, stage, release.read_description(directory))
     return Weights(loaded.params, loaded.config, window)
 
 
 def load_adapted(facts: Mapping[str, Any]) -> Params:
-    """The model that a LoRA run adapts, from what its config.json says.
+    """The model that a LoRA run adapts, from what its config.json says, in the host's memory.
 
     Raises:
       InputError: it is not where it was, or is another one now.
@@ -91,7 +92,7 @@ def load_adapted(facts: Mapping[str, Any]) -> Params:
         raise InputError(
             f"The model that this LoRA run adapts cannot be loaded: {error}"
         ) from error
-    if lora.fingerprint(params) != adapted["fingerprint"]:
+    if release.params_fingerprint(params) != adapted["fingerprint"]:
         raise InputError(
             f"{adapted['source']} is no longer the model that this LoRA run adapts; put that one "
             "back."

@@ -16,7 +16,7 @@ import codec_bridge
 from codec_bridge.errors import InputError
 from vampnet_jax import masks, release
 from vampnet_jax.figures import draw_variation
-from vampnet_jax.model import Params
+from vampnet_jax.model import Params, to_device
 from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, generate
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.excerpts import fixed_excerpts
@@ -68,12 +68,13 @@ class Listening:
         n_codebooks = self.config.n_codebooks
         if options.fine_model is not None:
             if self.config.n_conditioning_codebooks:
-                raise InputError("--fine-model is for listening to a coarse run; this one is fine.")
-            self.fine = load_stage(options.fine_model, "fine")
-            n_codebooks = self.fine.config.n_codebooks
-            if self.fine.config.n_conditioning_codebooks != self.config.n_codebooks:
+                raise InputError("fine_model is for listening to a coarse run; this one is fine.")
+            fine = load_stage(options.fine_model, "fine")
+            self.fine = fine._replace(params=to_device(fine.params))
+            n_codebooks = fine.config.n_codebooks
+            if fine.config.n_conditioning_codebooks != self.config.n_codebooks:
                 raise InputError(
-                    f"{options.fine_model} is given {self.fine.config.n_conditioning_codebooks} "
+                    f"{options.fine_model} is given {fine.config.n_conditioning_codebooks} "
                     f"codebooks and this run makes {self.config.n_codebooks}; they do not belong "
                     "together."
                 )
@@ -151,7 +152,7 @@ def load_codec(source: str | None, wanted: CodecInfo) -> codec_bridge.Codec:
       InputError: none is named, or it is another.
     """
     if source is None:
-        raise InputError("--listen-every needs the codec that made the tokens: add --codec.")
+        raise InputError("listen_every needs the codec that made the tokens; name that codec too.")
     codec = release.find_codec(source)
     if codec.fingerprint != wanted.fingerprint:
         raise InputError(

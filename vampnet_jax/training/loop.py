@@ -32,7 +32,7 @@ from vampnet_jax.training.frequencies import kept_frequencies
 from vampnet_jax.training.listening import Listening, on_one_device
 from vampnet_jax.training.log import RunLog
 from vampnet_jax.training.meter import Meter
-from vampnet_jax.training.sharding import Layout
+from vampnet_jax.training.sharding import Layout, place
 from vampnet_jax.training.step import (
     TrainState,
     abstract_state,
@@ -109,9 +109,9 @@ def train(
       run: an existing folder; checkpoints and logs go there.
       console: where progress is shown.
       layout: which devices compute, and what each holds; it may be another one than before.
-      initial: loads weights to begin with, as `vampnet_jax.apply` takes them, if there is no
-        checkpoint yet; None begins at random. A LoRA run needs it always: it loads the model that
-        is adapted.
+      initial: loads weights to begin with, as `vampnet_jax.apply` takes them but in the host's
+        memory, if there is no checkpoint yet; None begins at random. A LoRA run needs it always: it
+        loads the model that is adapted.
       listening: makes sounds where the configuration asks for them; needed in process 0 only.
 
     Returns:
@@ -158,6 +158,7 @@ def train(
                 f"warning: checkpoint {step} is damaged ({problem}) and was moved to "
                 f"{run / 'damaged'}; an older one is used",
                 soft_wrap=True,
+                markup=False,
             )
 
     if config.lora is not None:
@@ -165,7 +166,7 @@ def train(
         state = with_frozen(state, initial(), config, layout)
 
     # --- loop
-    peak = flops.peak(config)
+    peak = flops.peak(config, layout.mesh.size)
     _announce(config, state, data, peak, console)
     step_now = int(state.step)
     batches.set_state({"next_index": step_now})
@@ -193,18 +194,22 @@ def train(
 
 
 def with_weights(state: TrainState, params: Params) -> TrainState:
-    """A state before the first step that begins with given weights."""
+    """A state before the first step that begins with given weights, in the host's memory."""
     places = jax.tree.map(lambda x: x.sharding, state.params)
-    chosen = jax.device_put(without_codebooks(params), places)
+    chosen = place(without_codebooks(params), places)
     return state._replace(params=chosen, ema=jax.tree.map(jnp.copy, chosen) if state.ema else {})
 
 
 def with_frozen(
     state: TrainState, params: Params, config: TrainConfig, layout: Layout
 ) -> TrainState:
-    """A state of a LoRA run with the parameters that are adapted, divided over the mesh."""
+    """A state of a LoRA run with the parameters that are adapted, divided over the mesh.
+
+    Args:
+      params: as `vampnet_jax.apply` takes them, in the host's memory.
+    """
     places = layout.shardings(abstract_state(config)).frozen
-    return state._replace(frozen=jax.device_put(freeze(params, config), places))
+    return state._replace(frozen=place(freeze(params, config), places))
 
 
 def _announce(
@@ -271,6 +276,7 @@ class _Loop:
     def run_until_done(self, batches: Iterator[np.ndarray], wanted: StopRequests) -> Ending:
         config = self.config
         listens = config.listen_every
+        first = self.step + 1
         while (done := config.done(self.step, self.clock.seconds)) < 1:
             ending = wanted(self.step)
             if ending is not None:
@@ -281,12 +287,14 @@ class _Loop:
             tokens = self.layout.place_batch(rows, config.batch_size)
             self.state, metrics = self.take_step(self.state, tokens, np.float32(done))
             self.step += 1
+            if self.step == first:
+                self.meter.restart()  # it has been compiled, which is no part of any rate
             self.unread.append((self.step, metrics))
             self.read_metrics(behind=1)
             if self.step % config.log_every == 0:
                 settle(self.state)
                 self.clock.agree()
-            if self.step % config.validate_every == 0:
+            if self.step % config.validate_every == 0 or self.step == config.steps:
                 self.validate_and_save()
             elif self.save_is_due():
                 self.save()

@@ -18,10 +18,11 @@ class Meter:
 
     def __init__(self, tokens_per_step: int, flops_per_step: float, peak_flops: float) -> None:
         self._per_step = {"tokens/s": tokens_per_step, "MFU": flops_per_step / peak_flops}
-        self._began = time.monotonic()
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Count from now on, as if nothing had been before."""
+        self._began = time.monotonic()
         self._totals: dict[str, list[float]] = collections.defaultdict(list)
         self._waited = {"data": 0.0, "checkpoints": 0.0}
         self._paused = 0.0
@@ -55,8 +56,7 @@ class Meter:
         Means of the steps' metrics (NaN where none is known), `steps/s`, `tokens/s`, `MFU`, and
         the shares of the time `waiting for data` and `waiting for checkpoints`.
         """
-        now = time.monotonic()
-        elapsed = max(now - self._began - self._paused, 1e-9)
+        elapsed = max(time.monotonic() - self._began - self._paused, 1e-9)
         averages = {name: _mean(values) for name, values in self._totals.items()}
         steps = max(map(len, self._totals.values()), default=0)
         averages["steps/s"] = steps / elapsed
@@ -64,8 +64,7 @@ class Meter:
             averages[name] = amount * steps / elapsed
         for what, seconds in self._waited.items():
             averages[f"waiting for {what}"] = seconds / elapsed
-        self._began = now
-        self._reset()
+        self.restart()
         return averages
 
 

@@ -116,12 +116,16 @@ class Layout:
     def share(self, batch_size: int) -> tuple[int, int]:
         """Which part of a batch this process reads: (number, of how many equal parts).
 
-        Part p of P is rows p·B/P to (p+1)·B/P; processes that share rows read the same part.
+        Part p of P is rows p·B/P to (p+1)·B/P; processes that share rows read the same part. One
+        whose rows are no such part, where `tensor` goes from process to process, reads all.
         """
         rows = self.batch.addressable_devices_indices_map((batch_size,)).values()
         bounds = [index[0].indices(batch_size) for index in rows if index is not None]
         first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
-        return first // (last - first), batch_size // (last - first)
+        size = last - first
+        if first % size or batch_size % size:
+            return 0, 1
+        return first // size, batch_size // size
 
     def divide(self, batch: np.ndarray) -> jax.Array:
         """Divide a batch that every process has whole."""
@@ -131,6 +135,20 @@ class Layout:
         """Assemble a batch of which every process has read its share."""
         shape = (batch_size, *rows.shape[1:])
         return jax.make_array_from_process_local_data(self.batch, rows, shape)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole in its own memory, divided: a device gets its part only.
+
+    Args:
+      tree: of NumPy arrays, the same in every process.
+      shardings: a tree like it.
+    """
+
+    def divided(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(divided, tree, shardings)
 
 
 def plan(
@@ -161,13 +179,14 @@ def plan(
     tensor = sizes.get("tensor", 1)
     if model.n_heads % tensor:
         raise InputError(
-            f"--mesh tensor={tensor} does not divide the model's {model.n_heads} heads; choose one "
-            f"of {', '.join(str(n) for n in range(1, model.n_heads + 1) if not model.n_heads % n)}."
+            f"mesh has tensor={tensor}, which does not divide the model's {model.n_heads} heads; "
+            f"choose one of {', '.join(str(n) for n in _divisors(model.n_heads))}."
         )
     if sizes.keys() != set(AXES):
         known = math.prod(sizes.values())
         if len(devices) % known:
-            raise InputError(f"--mesh {mesh} does not divide the {len(devices)} devices.")
+            given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+            raise InputError(f"mesh has {given}, which does not divide the {len(devices)} devices.")
         rest = len(devices) // known
         if "fsdp" not in sizes:
             sizes["fsdp"] = rest if "data" in sizes else math.gcd(rest, model.embedding_dim)
@@ -176,8 +195,8 @@ def plan(
     if model.embedding_dim % sizes["fsdp"]:
         possible = math.gcd(sizes["fsdp"], model.embedding_dim)
         raise InputError(
-            f"fsdp={sizes['fsdp']} does not divide the model's width {model.embedding_dim}; set "
-            f"--mesh fsdp={possible}."
+            f"mesh has fsdp={sizes['fsdp']}, which does not divide the model's width "
+            f"{model.embedding_dim}; fsdp={possible} does."
         )
     used = math.prod(sizes.values())
     if used > len(devices) or (used < len(devices) and jax.process_count() > 1):
@@ -188,13 +207,17 @@ def plan(
         raise InputError(
             f"A batch of {batch_size} cannot be divided into {parts} equal parts "
             f"({sizes['data'] * sizes['fsdp']} for the devices"
-            f"{f', {accumulate} to accumulate' if accumulate > 1 else ''}); set --batch-size "
+            f"{f', {accumulate} to accumulate' if accumulate > 1 else ''}); set batch_size to "
             f"{f'{lower} or ' if lower else ''}{lower + parts}."
         )
     # Neighbours in this order are in one process, so a process has consecutive rows of a batch.
     devices.sort(key=lambda device: (device.process_index, device.id))
     grid = np.array(devices[:used]).reshape([sizes[axis] for axis in AXES])
     return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _sizes(mesh: str | None) -> dict[str, int]:
@@ -206,7 +229,7 @@ def _sizes(mesh: str | None) -> dict[str, int]:
         name = name.strip()
         if name not in AXES or name in sizes or not number.strip().isdecimal() or not int(number):
             raise InputError(
-                f"--mesh has {part.strip()!r}; write sizes of data, fsdp and tensor, such as "
+                f"mesh has {part.strip()!r}; write sizes of data, fsdp and tensor, such as "
                 "data=2,fsdp=4,tensor=1."
             )
         sizes[name] = int(number)

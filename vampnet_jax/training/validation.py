@@ -4,7 +4,7 @@ Neither the excerpts nor the masks depend on a run's seed, so runs can be compar
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -124,13 +124,10 @@ class Validation:
         return metrics
 
 
-def token_frequencies(
-    reader: TrackReader, *, report: Callable[[int], object] = lambda frames: None
-) -> np.ndarray:
+def token_frequencies(reader: TrackReader) -> np.ndarray:
     """How often each code of each codebook occurs in the tracks, `[C, V]`, each row summing to 1.
 
-    One is added to every count, so that unseen codes are not impossible. `report` hears how many
-    frames were counted.
+    One is added to every count, so that unseen codes are not impossible.
     """
     codec = reader.manifest.codec
     counts = np.ones((codec.n_codebooks, codec.codebook_size))
@@ -138,5 +135,4 @@ def token_frequencies(
         tokens, _ = reader.read(index, 0, track.frames)
         for codebook, row in enumerate(tokens):
             counts[codebook] += np.bincount(row, minlength=codec.codebook_size)
-        report(track.frames)
     return counts / counts.sum(axis=1, keepdims=True)
