@@ -1,6 +1,8 @@
 """`vampnet evaluate`: the figures are those of the measures, and resuming does not change them."""
 
 import csv
+import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -20,6 +22,7 @@ from vampnet_jax.evaluation.conditions import (
     read_experiments,
 )
 from vampnet_jax.evaluation.excerpts import choose_excerpts
+from vampnet_jax.evaluation.making import window_borders
 from vampnet_jax.evaluation.run import evaluate
 from vampnet_jax.prompts import Prompt
 
@@ -28,10 +31,10 @@ RATE = 8000
 
 @pytest.fixture(scope="module")
 def music(tmp_path_factory):
-    """Three recordings of 3 s of tones that come and go."""
+    """Three recordings of 4 s of tones that come and go."""
     folder = tmp_path_factory.mktemp("music")
     rng = np.random.default_rng(0)
-    t = np.arange(3 * RATE) / RATE
+    t = np.arange(4 * RATE) / RATE
     for i in range(3):
         sound = np.sin(2 * np.pi * (200 + 150 * i) * t) * (0.3 + 0.2 * np.sin(7 * t))
         soundfile.write(folder / f"{i}.wav", sound + 0.01 * rng.standard_normal(len(t)), RATE)
@@ -50,12 +53,22 @@ CONDITIONS = [
 ]
 
 
-def test_excerpts_are_spread_evenly_and_never_leave_a_file(music):
-    excerpts = choose_excerpts(music, 12, 1.0)
-    assert len({(e.path, e.start) for e in excerpts}) == 12
-    assert [sum(e.path.stem == str(i) for e in excerpts) for i in range(3)] == [4, 4, 4]
-    assert all(e.start + RATE <= 3 * RATE for e in excerpts)
+@pytest.mark.parametrize("count", [2, 5, 6, 12])
+def test_excerpts_are_spread_evenly_and_neither_overlap_nor_leave_a_file(music, count):
+    excerpts = choose_excerpts(music, count, 1.0)
+    assert len(excerpts) == count
+    by_file = [[e.start for e in excerpts if e.path.stem == str(i)] for i in range(3)]
+    numbers = [len(starts) for starts in by_file]
+    assert max(numbers) - min(numbers) <= 1
+    for starts in by_file:
+        assert all(b - a >= RATE for a, b in itertools.pairwise(starts))
+        assert all(0 <= start <= 3 * RATE for start in starts)
     assert excerpts[0].read(RATE).shape == (RATE,)
+
+
+def test_recordings_that_are_too_few_or_too_short_are_refused(music):
+    with pytest.raises(InputError, match=r"room for 12 excerpts of 1 s .* 13 are needed"):
+        choose_excerpts(music, 13, 1.0)
     with pytest.raises(InputError, match=r"no recording of 9 s or more \(4 audio files\)"):
         choose_excerpts(music, 2, 9.0)
     with pytest.raises(InputError, match="is not a folder"):
@@ -104,18 +117,73 @@ def test_an_evaluation_gives_all_figures_and_the_same_again_after_an_interruptio
         assert (out / "audio" / f"{player}.flac").is_file()
     assert {"baselines.png", "own.png", "bitrate.png"} <= {p.name for p in out.glob("*.png")}
 
+    frechet = figures["p=2"]["frechet mel-statistics"].value
+    ends = [figures[name]["frechet mel-statistics"].value for name in ("codec", "random tokens")]
+    share = (frechet - ends[0]) / (ends[1] - ends[0])
+    assert figures["p=2"]["share mel-statistics"].value == pytest.approx(share)
+    change = figures["everything kept"]["mel"].value - figures["p=2"]["mel"].value
+    assert figures["everything kept"]["mel change"].value == pytest.approx(change)
+    assert "mel change" not in figures["p=2"]
+
     with pytest.raises(InputError, match="with other seed"):
         evaluate(compressor, music, out, CONDITIONS, seed=1, **options)
     with pytest.raises(InputError, match="holds no evaluation"):
         evaluate(compressor, music, music, CONDITIONS, **options)
 
 
+def test_each_excerpt_is_encoded_once_whatever_is_made_of_it(music, tmp_path, monkeypatch):
+    compressor = Compressor(random_model(random_codec()))
+    codec, encoded = compressor.model.codec, []
+    encode = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda audio: encoded.append(len(audio)) or encode(audio))
+    options = {"n_excerpts": 2, "seconds": 0.5, "n_listen": 0}
+    evaluate(compressor, music, tmp_path / "out", CONDITIONS[:2], **options)
+    assert encoded == [2]
+    evaluate(compressor, music, tmp_path / "out", CONDITIONS[:3], **options)
+    assert encoded == [2]  # Opus needs no tokens, and the rest has been kept
+
+
+def test_a_model_that_is_best_sampled_codebook_by_codebook_can_be_resumed(music, tmp_path):
+    model = random_model(random_codec())
+    sampling = model.coarse_sampling.changed(codebook_steps=(2, 1))
+    compressor = Compressor(dataclasses.replace(model, coarse_sampling=sampling))
+    options = {"n_excerpts": 2, "seconds": 0.5, "n_listen": 0}
+    first = evaluate(compressor, music, tmp_path / "out", CONDITIONS[:1], **options)
+    assert evaluate(compressor, music, tmp_path / "out", CONDITIONS[:1], **options) == first
+
+
+@pytest.mark.parametrize(
+    ("condition", "problem"),
+    [
+        (Condition("own", "x", "codec", codebooks=9), "own, x: codebooks is 9; the model has 8"),
+        (Condition("own", "x", "compress", period=256), "period is 256"),
+        (Condition("own", "x", prompt=Prompt(prefix=2.0)), "prefix is 2 s but the clip lasts"),
+        (Condition("own", "x", sampling=(("codebook_steps", (1,)),)), "codebook_steps has 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_work(music, tmp_path, condition, problem):
+    with pytest.raises(InputError, match=problem):
+        evaluate(
+            Compressor(random_model(random_codec())), music, tmp_path / "out", [condition],
+            n_excerpts=2, seconds=1.0,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_borders_are_where_another_window_takes_over():
+    model = random_model(random_codec())  # windows of 40 and 20 frames
+    assert window_borders(model, 20) == []
+    # Coarse: 0-40, then 40-70. Fine: first 0-20, 30-50 and 50-70, then 20-30.
+    assert window_borders(model, 70) == [20, 30, 40, 50]
+
+
 def test_the_papers_experiments_and_baselines_have_names_of_their_own():
-    conditions = baselines(16) + [c for rows in paper_experiments(4).values() for c in rows]
+    conditions = [*baselines(), *(c for rows in paper_experiments(4, 16).values() for c in rows)]
     assert len({c.slug for c in conditions}) == len(conditions)
-    assert {"1 steps", "72 steps", "4 codebooks, p=16", "beat 75 ms", "nothing kept"} <= {
-        c.name for c in conditions
-    }
+    assert {
+        "1 steps", "72 steps", "4 codebooks, p=16", "codec, 8 codebooks", "Opus 6 kbit/s",
+        "beat 75 ms", "nothing kept",
+    } <= {c.name for c in conditions}  # fmt: skip
 
 
 def test_own_experiments_are_read_from_yaml(tmp_path):
@@ -145,6 +213,8 @@ def test_own_experiments_are_read_from_yaml(tmp_path):
         ("experiments: {a: [{name: x, steps: many}]}", "steps is 'many'; it must be a number"),
         ("experiments: {a: [{name: x, steps: 0}]}", "must be a whole number of at least 1"),
         ("experiments: {a: [{name: x, kind: compress, codebooks: 0}]}", "must be at least 1"),
+        ("experiments: {a: [{name: x, kind: compress, period: 2.5}]}", "must be a whole number"),
+        ("experiments: {a: [{name: x, kind: opus, kbps: .nan}]}", "kbps is nan"),
         ("experiments: {a: [{name: x, regions: 3}]}", "in experiment 'a', condition 'x'"),
         ("experiments: {a: [!!python/object/apply:os.system [ls]]}", "is not YAML"),
     ],

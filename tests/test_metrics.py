@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vampnet_jax.evaluation.artefacts import clicks, seam_ranks, seam_score
-from vampnet_jax.evaluation.distances import log_mel, mel_distance, stft_distance
+from vampnet_jax.evaluation.distances import Spectra, mel_distance, stft_distance
 from vampnet_jax.evaluation.embeddings import crepe_tiny, mel_statistics
-from vampnet_jax.evaluation.intervals import bootstrap, mean_interval
-from vampnet_jax.evaluation.sets import diversity, frechet_distance, kernel_distance
+from vampnet_jax.evaluation.intervals import centred_interval, mean_interval, percentiles, resampled
+from vampnet_jax.evaluation.sets import frechet_distance, kernel_distance
 from vampnet_jax.evaluation.token_scores import score_tokens, token_diversity
 
 RATE = 24_000
@@ -41,7 +41,7 @@ def test_a_recording_is_at_distance_0_of_itself_and_noise_takes_it_away(distance
 def test_twice_as_loud_is_log10_of_2_in_each_of_the_two_resolutions():
     a = tone() + noise(0.1, RATE)  # no band is below the floor
     assert mel_distance(a, 2 * a) == pytest.approx(2 * np.log10(2), abs=1e-4)
-    assert log_mel(a, 2048, 150).shape == (150, 1 + RATE // 512)
+    assert Spectra(a).log_mel(2048, 150).shape == (150, 1 + RATE // 512)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5))
@@ -83,10 +83,50 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift():
     assert kernel_distance(a, b + 2) > 10
 
 
+def normal_sets(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of 20 dimensions: a reference `[n, 20]`; a condition, codec, random `[n, 3, 20]`.
+
+    The three have the same other excerpts behind them.
+    """
+    rng = np.random.default_rng(seed)
+    scale = np.exp(-np.arange(20) / 5)
+    reference, music = rng.normal(size=(2, n, 20)) * scale
+    noise = rng.normal(size=(3, n, 20)) * scale
+    codec = music + 0.15 * noise[0]
+    made = 0.7 * music + 0.5 * noise[1] + 0.3 * scale
+    random = 0.2 * music + 0.2 * noise[2] + 0.9 * scale
+    return reference, np.stack([made, codec, random], axis=1)
+
+
+def of_codec_and_share(reference: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    """The codec's Fréchet distance, and the condition's share between codec and random."""
+    own, best, worst = (frechet_distance(reference, sets[:, i]) for i in range(3))
+    return np.array([best, (own - best) / (worst - best)])
+
+
+def test_few_excerpts_bias_the_frechet_distance_but_hardly_the_share():
+    true = of_codec_and_share(*normal_sets(4000, 0))
+    small = np.mean([of_codec_and_share(*normal_sets(40, seed)) for seed in range(1, 41)], axis=0)
+    assert small[0] > 2 * true[0]
+    assert small[1] == pytest.approx(true[1], abs=0.02)
+
+
+def test_centred_intervals_hold_the_mean_of_the_estimate_where_percentiles_miss_it():
+    trials = [normal_sets(40, seed) for seed in range(1, 31)]
+    estimates = np.array([of_codec_and_share(*trial) for trial in trials])
+    centred, between_percentiles = np.zeros(2), np.zeros(2)
+    for estimate, trial in zip(estimates, trials, strict=True):
+        draws = resampled(of_codec_and_share, *trial, n=60, paired=False)
+        for i, mean in enumerate(estimates.mean(axis=0)):
+            _, low, high = centred_interval(estimate[i], draws[:, i])
+            centred[i] += low <= mean <= high
+            low, high = percentiles(draws[:, i])
+            between_percentiles[i] += low <= mean <= high
+    assert (centred >= 26).all()
+    assert between_percentiles[0] < 10
+
+
 def test_variations_that_differ_more_are_more_diverse():
-    x = np.array([[0.0, 0], [3, 4], [6, 8]])
-    assert diversity(x) == pytest.approx((5 + 5 + 10) / 3)
-    assert diversity(np.zeros((3, 2))) == 0
     tokens = np.zeros((3, 2, 4), int)
     assert token_diversity(tokens) == 0
     tokens[2] = 1
@@ -102,22 +142,30 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say():
     assert 180 <= held <= 199  # 95 % of 200, within three standard errors and small-sample bias
     x = rng.normal(size=50)
     assert mean_interval(x) == mean_interval(x)
-    shift = bootstrap(lambda a, b: float((a - b).mean()), x + 1, x)
-    assert shift == pytest.approx((1, 1, 1))
+    shifts = resampled(lambda a, b: (a - b).mean(), x + 1, x, n=20)
+    np.testing.assert_allclose(shifts, np.ones(20))
+    unpaired = resampled(lambda a, b: (a - b).mean(), x + 1, x, n=2000, paired=False)
+    assert unpaired.std() == pytest.approx(np.sqrt(2 / 50) * x.std(), rel=0.1)
+    assert resampled(lambda a: np.array([a.min(), a.max()]), x, n=7).shape == (7, 2)
     with pytest.raises(ValueError, match="paired"):
-        bootstrap(lambda a, b: 0.0, x, x[:3])
+        resampled(lambda a, b: 0.0, x, x[:3])
+
+
+def test_a_centred_interval_is_as_wide_as_the_resamples_around_the_figure():
+    values = np.linspace(10, 20, 1001)
+    assert centred_interval(3.0, values) == pytest.approx((3, 3 - 4.75, 3 + 4.75))
 
 
 def test_embeddings_of_a_pitch_are_nearer_to_it_than_to_noise():
-    for embed, size in ((mel_statistics, 160),):
-        a, b, c = (embed(x) for x in (tone(), tone(pitch=450), noise(0.1, RATE)))
-        assert a.shape == (size,)
-        assert np.linalg.norm(a - b) < np.linalg.norm(a - c)
+    sounds = (tone(), tone(pitch=450), noise(0.1, RATE))
+    a, b, c = (mel_statistics(Spectra(x)) for x in sounds)
+    assert a.shape == (160,)
+    assert np.linalg.norm(a - b) < np.linalg.norm(a - c)
 
 
 @pytest.mark.skipif(find_spec("torchcrepe") is None, reason="needs the extra `evaluate`")
 def test_crepe_hears_pitch_and_not_level():
-    a, b, c = (crepe_tiny(x) for x in (tone(), tone() * 0.5, tone(pitch=700)))
+    a, b, c = (crepe_tiny(Spectra(x)) for x in (tone(), tone() * 0.5, tone(pitch=700)))
     assert a.shape == (512,)
     assert np.linalg.norm(a - b) < 0.2 * np.linalg.norm(a - c)
 

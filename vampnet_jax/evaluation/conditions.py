@@ -14,17 +14,24 @@ A condition of kind `vamp` (the default) takes the options of a prompt and of co
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from codec_bridge.errors import InputError
+from vampnet_jax.compression.container import MAX_PERIOD
 from vampnet_jax.prompts import Prompt
+from vampnet_jax.release import Model
 from vampnet_jax.sampling import SamplingOptions
 
 KINDS = ("vamp", "compress", "codec", "fine", "random", "opus")
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingOptions)}
 _PROMPT = {field.name for field in dataclasses.fields(Prompt)}
+_WHOLE = {"codebooks", "period"} | {
+    field.name for field in dataclasses.fields(Prompt) if field.type in (int, int | None)
+}
+"""Options that are whole numbers. (Those of sampling are checked by `SamplingOptions`.)"""
 _OWN = {"compress": {"codebooks", "period"}, "codec": {"codebooks"}, "opus": {"kbps"}}
 
 
@@ -54,29 +61,49 @@ class Condition:
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.experiment} {self.name}".lower()).strip("-")
         return f"{words[:60]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
+    def check(self, model: Model, seconds: float) -> None:
+        """Raise InputError if it cannot be tried with a model and excerpts of some length."""
+        try:
+            model.coarse_sampling.changed(**dict(self.sampling)).check(model.coarse.config)
+            self.prompt.check_duration(seconds)
+            n = model.fine.config.n_codebooks
+            if self.codebooks is not None and self.codebooks > n:
+                raise InputError(f"codebooks is {self.codebooks}; the model has {n}.")
+            if self.period > MAX_PERIOD:
+                raise InputError(f"period is {self.period}; it must be at most {MAX_PERIOD}.")
+        except InputError as error:
+            raise InputError(f"{self.experiment}, {self.name}: {error}") from None
 
-def baselines(n_codebooks: int) -> list[Condition]:
-    """What every experiment is compared with.
 
-    The codec with all and with fewer codebooks, whose bits per second rise with them, Opus at
-    three rates, the fine model on true coarse tokens, and random tokens.
-    """
-    fewer = sorted({1, 2, n_codebooks // 4, n_codebooks // 2} - {0, n_codebooks})
+def baselines() -> list[Condition]:
+    """What every experiment is compared with: the codec, the fine model on true coarse tokens,
+    and random tokens."""
     return [
         Condition("baselines", "codec", "codec"),
-        *(Condition("baselines", f"codec, {n} codebooks", "codec", codebooks=n) for n in fewer),
         Condition("baselines", "fine model only", "fine"),
         Condition("baselines", "random tokens", "random"),
-        *(Condition("baselines", f"Opus {k} kbit/s", "opus", kbps=k) for k in (6, 12, 24)),
     ]
 
 
-def paper_experiments(n_coarse: int) -> dict[str, list[Condition]]:
-    """The experiments of VampNet, section 5.
+def paper_experiments(n_coarse: int, n_codebooks: int) -> dict[str, list[Condition]]:
+    """The experiments of VampNet, section 5, for a model of so many codebooks.
 
-    steps: decoding steps at p=16. compression: codebooks kept × period. prompts: periodic,
-    inpainting with 1 or 2 s on both sides, 75 ms after every beat, and nothing kept.
+    prompts: periodic, nothing kept, inpainting with 1 or 2 s on both sides, and 75 ms after every
+    beat. steps: decoding steps at p=16. compression: codebooks kept × period, beside the codec
+    with fewer codebooks, whose bits per second rise with them, and Opus at three rates.
     """
+    prompts = [
+        *(
+            Condition("prompts", f"p={p}", prompt=Prompt(periodic=p, upper_codebooks=n_coarse))
+            for p in (2, 7, 8, 16, 32)
+        ),
+        Condition("prompts", "nothing kept"),
+        *(
+            Condition("prompts", f"inpaint {s} s", prompt=Prompt(prefix=s, suffix=s))
+            for s in (1.0, 2.0)
+        ),
+        Condition("prompts", "beat 75 ms", prompt=Prompt(beat=0.075, upper_codebooks=n_coarse)),
+    ]
     steps = [
         Condition(
             "steps", f"{n} steps", prompt=Prompt(periodic=16, upper_codebooks=n_coarse),
@@ -84,24 +111,17 @@ def paper_experiments(n_coarse: int) -> dict[str, list[Condition]]:
         )
         for n in (1, 4, 8, 12, 24, 36, 64, 72)
     ]  # fmt: skip
+    fewer = sorted({1, 2, n_codebooks // 4, n_codebooks // 2} - {0, n_codebooks})
     compression = [
-        Condition("compression", f"{k} codebooks, p={p}", "compress", codebooks=k, period=p)
-        for k in sorted({1, max(1, n_coarse // 2), n_coarse})
-        for p in (1, 2, 4, 8, 16)
-    ]
-    prompts = [
         *(
-            Condition("prompts", f"p={p}", prompt=Prompt(periodic=p, upper_codebooks=n_coarse))
-            for p in (2, 7, 8, 16, 32)
+            Condition("compression", f"{k} codebooks, p={p}", "compress", codebooks=k, period=p)
+            for k in sorted({1, max(1, n_coarse // 2), n_coarse})
+            for p in (1, 2, 4, 8, 16)
         ),
-        *(
-            Condition("prompts", f"inpaint {s} s", prompt=Prompt(prefix=s, suffix=s))
-            for s in (1.0, 2.0)
-        ),
-        Condition("prompts", "beat 75 ms", prompt=Prompt(beat=0.075, upper_codebooks=n_coarse)),
-        Condition("prompts", "nothing kept"),
+        *(Condition("compression", f"codec, {n} codebooks", "codec", codebooks=n) for n in fewer),
+        *(Condition("compression", f"Opus {k} kbit/s", "opus", kbps=k) for k in (6, 12, 24)),
     ]
-    return {"steps": steps, "compression": compression, "prompts": prompts}
+    return {"prompts": prompts, "steps": steps, "compression": compression}
 
 
 def read_experiments(path: Path) -> dict[str, list[Condition]]:
@@ -153,18 +173,20 @@ def _condition(path: Path, experiment: str, row: Any) -> Condition:
     if isinstance(options.get("codebook_steps"), list):
         options["codebook_steps"] = tuple(options["codebook_steps"])
     numbers = {k: v for k, v in options.items() if k not in ("regions", "order", "codebook_steps")}
-    odd = [k for k, v in numbers.items() if not isinstance(v, int | float | bool | type(None))]
-    if odd:
-        raise InputError(f"{where} {odd[0]} is {options[odd[0]]!r}; it must be a number.")
+    for option, value in numbers.items():
+        sort, types = ("whole number", int) if option in _WHOLE else ("number", int | float)
+        if value is not None and not isinstance(value, types):
+            raise InputError(f"{where} {option} is {value!r}; it must be a {sort}.")
     try:
         sampling = {k: v for k, v in options.items() if k in _SAMPLING}
         SamplingOptions(**sampling)
-        prompt = {k: v for k, v in options.items() if k in _PROMPT}
+        prompt = {k: v for k, v in options.items() if k in _PROMPT and v is not None}
         if "regions" in prompt:
             prompt["regions"] = tuple((float(a), float(b)) for a, b in prompt["regions"])
         own = {k: v for k, v in options.items() if k in _OWN.get(kind, set())}
-        if any(isinstance(v, bool) or not v or v < 1 for v in own.values()):
-            raise InputError(f"{', '.join(own)} must be at least 1.")
+        for option, value in own.items():
+            if value is None or not 1 <= value < math.inf:
+                raise InputError(f"{option} is {value}; it must be at least 1.")
         return Condition(
             experiment, name, kind, Prompt(**prompt), tuple(sorted(sampling.items())), **own
         )

@@ -12,6 +12,46 @@ STFT_WINDOWS = (2048, 1024, 512, 256, 128)
 FLOOR = 1e-5
 
 
+class Spectra:
+    """A recording's magnitude spectra; those of each window are computed when first asked for."""
+
+    def __init__(self, audio: np.ndarray) -> None:
+        """Of float `[samples]` at 24 kHz."""
+        self.audio = np.asarray(audio, np.float32)
+        self._magnitudes: dict[int, np.ndarray] = {}
+
+    def magnitudes(self, window: int) -> np.ndarray:
+        """float32 `[1 + window // 2, frames]`: Hann windows, a quarter of their length apart."""
+        if window not in self._magnitudes:
+            import librosa
+
+            padded = np.pad(self.audio, (0, max(0, window - len(self.audio))))
+            spectrum = librosa.stft(padded, n_fft=window, hop_length=window // 4)
+            self._magnitudes[window] = np.abs(spectrum)
+        return self._magnitudes[window]
+
+    def log_mel(self, window: int, bands: int) -> np.ndarray:
+        """log10 mel magnitudes, float32 `[bands, frames]`."""
+        return np.log10(np.maximum(_filters(window, bands) @ self.magnitudes(window), FLOOR))
+
+    def mel_distance(self, other: "Spectra") -> float:
+        """As the function `mel_distance`, to a recording of the same length."""
+        return sum(
+            float(np.abs(self.log_mel(*sizes) - other.log_mel(*sizes)).mean())
+            for sizes in MEL_WINDOWS
+        )
+
+    def stft_distance(self, other: "Spectra") -> float:
+        """As the function `stft_distance`, from this reference to one of the same length."""
+        total = 0.0
+        for window in STFT_WINDOWS:
+            a, b = self.magnitudes(window), other.magnitudes(window)
+            difference, size = float(np.linalg.norm(a - b)), float(np.linalg.norm(a))
+            total += difference / max(size, FLOOR) if difference else 0.0
+            total += float(np.abs(_log(a) - _log(b)).mean())
+        return total / len(STFT_WINDOWS)
+
+
 def mel_distance(reference: np.ndarray, other: np.ndarray) -> float:
     """Sum over `MEL_WINDOWS` of the mean |difference| of log10 mel magnitudes.
 
@@ -24,17 +64,8 @@ def mel_distance(reference: np.ndarray, other: np.ndarray) -> float:
     Source: VampNet, section 4 (librosa's Hann STFT with a hop of a quarter window, magnitudes,
     Slaney mel filters, clamped at 1e-5).
     """
-    reference, other = _alike(reference, other)
-    total = 0.0
-    for window, bands in MEL_WINDOWS:
-        a, b = (log_mel(x, window, bands) for x in (reference, other))
-        total += float(np.abs(a - b).mean())
-    return total
-
-
-def log_mel(audio: np.ndarray, window: int, bands: int) -> np.ndarray:
-    """log10 mel magnitudes, float32 `[bands, frames]`, of `[samples]` at 24 kHz."""
-    return np.log10(np.maximum(_filters(window, bands) @ _magnitudes(audio, window), FLOOR))
+    a, b = _alike(reference, other)
+    return a.mel_distance(b)
 
 
 def stft_distance(reference: np.ndarray, other: np.ndarray) -> float:
@@ -48,29 +79,19 @@ def stft_distance(reference: np.ndarray, other: np.ndarray) -> float:
 
     Source: Yamamoto et al. 2020 (Parallel WaveGAN), section 2.2; windows of 128 to 2048 samples.
     """
-    reference, other = _alike(reference, other)
-    total = 0.0
-    for window in STFT_WINDOWS:
-        a, b = (_magnitudes(x, window) for x in (reference, other))
-        difference, size = float(np.linalg.norm(a - b)), float(np.linalg.norm(a))
-        total += difference / max(size, FLOOR) if difference else 0.0
-        total += float(np.abs(np.log(np.maximum(a, FLOOR)) - np.log(np.maximum(b, FLOOR))).mean())
-    return total / len(STFT_WINDOWS)
+    a, b = _alike(reference, other)
+    return a.stft_distance(b)
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _alike(a: np.ndarray, b: np.ndarray) -> tuple[Spectra, Spectra]:
     if a.ndim != 1 or b.ndim != 1 or not min(len(a), len(b)):
         raise ValueError(f"recordings are {a.shape} and {b.shape}; [samples] is needed")
     n = min(len(a), len(b))
-    return a[:n], b[:n]
+    return Spectra(a[:n]), Spectra(b[:n])
 
 
-def _magnitudes(audio: np.ndarray, window: int) -> np.ndarray:
-    import librosa
-
-    short = max(0, window - len(audio))
-    padded = np.pad(np.asarray(audio, np.float32), (0, short))
-    return np.abs(librosa.stft(padded, n_fft=window, hop_length=window // 4))
+def _log(magnitudes: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(magnitudes, FLOOR))
 
 
 @functools.lru_cache

@@ -16,7 +16,7 @@ import numpy as np
 
 from codec_bridge.audio import Audio, resample
 from codec_bridge.errors import InputError
-from vampnet_jax.evaluation.distances import SAMPLE_RATE, log_mel
+from vampnet_jax.evaluation.distances import SAMPLE_RATE, Spectra
 
 MEL_BANDS = 40
 CREPE_RATE = 16_000
@@ -24,16 +24,16 @@ CREPE_HOP = 1_600
 """A tenth of a second."""
 
 
-def mel_statistics(audio: np.ndarray) -> np.ndarray:
-    """Timbre, loudness and how fast they change: float64 `[160]` of `[samples]` at 24 kHz."""
-    bands = log_mel(audio, 2048, MEL_BANDS).astype(np.float64)  # [40, frames]
+def mel_statistics(recording: Spectra) -> np.ndarray:
+    """Timbre, loudness and how fast they change: float64 `[160]`."""
+    bands = recording.log_mel(2048, MEL_BANDS).astype(np.float64)  # [40, frames]
     changes = np.diff(bands, axis=1) if bands.shape[1] > 1 else np.zeros_like(bands)
     parts = (bands.mean(1), bands.std(1), np.abs(changes).mean(1), changes.std(1))
     return np.concatenate(parts)
 
 
-def crepe_tiny(audio: np.ndarray) -> np.ndarray:
-    """Which pitches sound: float64 `[512]` of `[samples]` at 24 kHz (CREPE: Kim et al. 2018).
+def crepe_tiny(recording: Spectra) -> np.ndarray:
+    """Which pitches sound: float64 `[512]` (CREPE: Kim et al. 2018).
 
     Raises:
       InputError: torchcrepe is not installed.
@@ -49,7 +49,7 @@ def crepe_tiny(audio: np.ndarray) -> np.ndarray:
         ) from None
     import torch
 
-    at_rate = resample(Audio(audio[None].astype(np.float32), SAMPLE_RATE), CREPE_RATE)
+    at_rate = resample(Audio(recording.audio[None], SAMPLE_RATE), CREPE_RATE)
     with torch.inference_mode():
         hidden = torchcrepe.embed(
             torch.from_numpy(at_rate.samples), CREPE_RATE, CREPE_HOP, model="tiny", batch_size=128
@@ -58,8 +58,8 @@ def crepe_tiny(audio: np.ndarray) -> np.ndarray:
     return np.concatenate([frames.mean(0), frames.std(0)])
 
 
-EMBEDDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+EMBEDDINGS: dict[str, Callable[[Spectra], np.ndarray]] = {
     "mel-statistics": mel_statistics,
     "crepe-tiny": crepe_tiny,
 }
-"""Name → function of mono audio at 24 kHz."""
+"""Name → function of a recording."""

@@ -1,4 +1,4 @@
-"""Excerpts of a folder of recordings, spread evenly over all that there is."""
+"""Excerpts of a folder of recordings: none overlap, and they spread over all that there is."""
 
 import dataclasses
 from pathlib import Path
@@ -32,31 +32,32 @@ class Excerpt:
 
 
 def choose_excerpts(folder: Path, count: int, seconds: float) -> list[Excerpt]:
-    """`count` places at even distances over the recordings below a folder, in order of names.
+    """`count` places over the recordings below a folder, in order of names and times.
+
+    Every recording is divided into as many equal parts as it has room for excerpts. Of all parts
+    `count` are taken at even distances, and an excerpt is the beginning of each.
 
     Raises:
-      InputError: no such folder, or it has no recording of this length.
+      InputError: no such folder, no recording of this length, or not room for so many.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder of recordings.")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and p.is_file())
-    room: list[tuple[Path, float, int]] = []  # (file, seconds in which an excerpt may start, rate)
+    parts: list[Excerpt] = []
     for path in files:
         try:
             info = soundfile.info(path)
         except soundfile.LibsndfileError:
             continue  # not audio after all
-        if info.duration >= seconds:
-            room.append((path, info.duration - seconds, info.samplerate))
-    if not room:
+        n = int(info.duration / seconds)
+        parts += [Excerpt(path, i * info.frames // n, seconds) for i in range(n)]
+    if not parts:
         raise InputError(
             f"{folder} has no recording of {seconds:g} s or more ({len(files)} audio files)."
         )
-    ends = np.cumsum([max(left, 1e-3) for _, left, _ in room])
-    excerpts = []
-    for place in (np.arange(count) + 0.5) / count * ends[-1]:
-        i = min(int(np.searchsorted(ends, place, side="right")), len(room) - 1)
-        path, left, rate = room[i]
-        at = min(float(place - (ends[i - 1] if i else 0.0)), left)
-        excerpts.append(Excerpt(path, int(at * rate), seconds))
-    return excerpts
+    if count > len(parts):
+        raise InputError(
+            f"{folder} has room for {len(parts)} excerpts of {seconds:g} s that do not overlap, "
+            f"and {count} are needed; ask for fewer or shorter ones."
+        )
+    return [parts[(2 * i + 1) * len(parts) // (2 * count)] for i in range(count)]

@@ -53,7 +53,7 @@ def _csv(results: list[Result]) -> str:
 
 
 def _plots(folder: Path, results: list[Result]) -> list[str]:
-    """Mel distance (and a Fréchet distance) by condition, and against the bitrate."""
+    """Mel and Fréchet distances by condition, and against the bitrate."""
     from matplotlib.figure import Figure
 
     made = []
@@ -66,28 +66,29 @@ def _plots(folder: Path, results: list[Result]) -> list[str]:
             figure.subplots(1, len(measures), sharey=True, squeeze=False)[0], measures, strict=True
         ):
             for place, r in enumerate(rows):
-                if measure in r.figures:
-                    value, low, high = r.figures[measure]
-                    axes.plot([low, high], [place, place], color="0.6")
-                    axes.plot(value, place, "o", color="C0")
+                value, low, high = r.figures[measure]
+                axes.plot([low, high], [place, place], color="0.6")
+                axes.plot(value, place, "o", color="C0")
             axes.set_yticks(range(len(rows)), [r.condition.name for r in rows])
             axes.invert_yaxis()
-            axes.set_xlabel(f"{measure} distance" if measure == "mel" else measure)
+            axes.set_xlabel(measure)
         made.append(_save(folder, f"{experiment}.png", figure))
     with_bits = [r for r in results if "bitrate" in r.figures]
     if with_bits:
-        figure = Figure(figsize=(7, 5), layout="constrained")
-        axes = figure.subplots()
-        for kind in dict.fromkeys(r.condition.kind for r in with_bits):
-            rows = sorted(
-                (r for r in with_bits if r.condition.kind == kind),
-                key=lambda r: r.figures["bitrate"].value,
-            )
-            x, y = ([r.figures[name].value for r in rows] for name in ("bitrate", "mel"))
-            axes.plot(x, y, "o" if kind == "compress" else "o-", label=kind)
-        axes.set_xscale("log")
-        axes.set_xlabel("bits per second, of whole files")
-        axes.set_ylabel("mel distance")
+        figure = Figure(figsize=(6 * len(measures), 5), layout="constrained")
+        for axes, measure in zip(
+            figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True
+        ):
+            for kind in dict.fromkeys(r.condition.kind for r in with_bits):
+                rows = sorted(
+                    (r for r in with_bits if r.condition.kind == kind),
+                    key=lambda r: r.figures["bitrate"].value,
+                )
+                x, y = ([r.figures[name].value for r in rows] for name in ("bitrate", measure))
+                axes.plot(x, y, "o" if kind == "compress" else "o-", label=kind)
+            axes.set_xscale("log")
+            axes.set_xlabel("bits per second")
+            axes.set_ylabel(measure)
         axes.legend()
         made.append(_save(folder, "bitrate.png", figure))
     return made
@@ -109,7 +110,7 @@ def _page(
 ) -> str:
     parts = [_HEAD, "<h1>Evaluation</h1><p>"]
     parts += [f"{html.escape(k)}: {html.escape(str(v))}<br>" for k, v in settings.items()]
-    parts.append("</p><p>Brackets hold 95 % of bootstrap resamples over the excerpts.</p>")
+    parts.append("</p><p>Brackets are 95 % bootstrap intervals over the excerpts.</p>")
     if n_listen:
         players = "".join(_player("original", i) for i in range(n_listen))
         parts.append(f"<h2>Originals</h2><p>{players}</p>")

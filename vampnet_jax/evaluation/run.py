@@ -12,14 +12,7 @@ from codec_bridge.errors import InputError
 from vampnet_jax.compression.compressor import Compressor
 from vampnet_jax.evaluation.conditions import Condition
 from vampnet_jax.evaluation.excerpts import Excerpt, choose_excerpts
-from vampnet_jax.evaluation.measuring import (
-    BATCH,
-    Bench,
-    keep_originals,
-    measure,
-    measure_reference,
-    measure_tokens,
-)
+from vampnet_jax.evaluation.measuring import BATCH, Bench, measure
 from vampnet_jax.evaluation.report import write_report
 from vampnet_jax.evaluation.summary import Result, summarise, summarise_tokens
 
@@ -41,8 +34,8 @@ def evaluate(
 ) -> list[Result]:
     """Evaluate a model on recordings.
 
-    Of twice as many excerpts every other one is evaluated; those between are the reference of
-    distances between sets, which therefore compare different music.
+    Of twice as many excerpts, none of which overlap, every other one is evaluated; those between
+    are the reference of distances between sets, which therefore compare different music.
 
     Args:
       compressor: the model, with its table of frequencies if it has one.
@@ -56,13 +49,12 @@ def evaluate(
       on_progress: called with a condition's name, batches done and batches in all.
 
     Raises:
-      InputError: no usable audio, options that do not fit the model, or `folder` holds an
-        evaluation of something else.
+      InputError: no audio or too little, options that do not fit the model or the excerpts, or
+        `folder` holds an evaluation of something else.
     """
-    coarse = compressor.model.coarse
-    for condition in conditions:  # what does not fit this model must not fail after hours
-        options = compressor.model.coarse_sampling.changed(**dict(condition.sampling))
-        options.check(coarse.config)
+    conditions = list({condition.slug: condition for condition in conditions}.values())
+    for condition in conditions:  # what does not work must not fail after hours
+        condition.check(compressor.model, seconds)
     excerpts = choose_excerpts(audio, 2 * n_excerpts, seconds)
     settings = {
         "model": compressor.model.name,
@@ -81,18 +73,12 @@ def evaluate(
         "batch": BATCH,
     }
     _claim(folder, settings)
-    bench = Bench(compressor, excerpts[::2], excerpts[1::2], embeddings, seed, folder, n_listen)
-    total = len(bench.batches(bench.excerpts))
-
-    def counted(stage: str) -> Callable[[], None]:
-        done = iter(range(1, total + 1))
-        return lambda: on_progress(stage, next(done), total)
-
-    keep_originals(bench)
-    reference = measure_reference(bench, counted("reference"))
-    tokens = summarise_tokens(measure_tokens(bench, counted("tokens")))
-    rows = {c.slug: measure(bench, c, counted(c.name)) for c in conditions}
-    results = summarise(conditions, rows, reference, embeddings)
+    bench = Bench(
+        compressor, conditions, excerpts[::2], excerpts[1::2], embeddings, seed, folder, n_listen
+    )
+    measured = measure(bench, on_progress)
+    results = summarise(conditions, measured, embeddings)
+    tokens = summarise_tokens(measured.tokens)
     write_report(folder, results, tokens, settings, min(n_listen, n_excerpts))
     return results
 
@@ -109,6 +95,7 @@ def _digest(audio: Path, excerpts: list[Excerpt]) -> str:
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Note in the folder what is evaluated there, or find that it is the same."""
     path = folder / SETTINGS
+    settings = json.loads(json.dumps(settings))  # which has lists where there were tuples
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no evaluation; choose another.")

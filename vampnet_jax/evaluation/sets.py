@@ -18,8 +18,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     a, b = _checked(a, b)
     difference = a.mean(0) - b.mean(0)
-    # With A = U'U of centred rows, the root's trace is the nuclear norm of A Bᵀ.
-    left, right = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    # Of centred rows A and B, Σa = AᵀA and Σb = BᵀB, the root's trace is the nuclear norm of ABᵀ.
+    # Triangles have the same, and min(N, d) rows.
+    left, right = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), "r") for x in (a, b))
     cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
     spread = np.square(left).sum() + np.square(right).sum()
     return float(max(0.0, difference @ difference + spread - 2 * cross))
@@ -59,12 +60,6 @@ def median_distance(embeddings: np.ndarray) -> float:
     """Median Euclidean distance between the rows of float `[N, d]`, N ≥ 2."""
     x, _ = _checked(embeddings, embeddings)
     return float(np.sqrt(np.median(_squares(x, x)[np.triu_indices(len(x), 1)])))
-
-
-def diversity(embeddings: np.ndarray) -> float:
-    """Mean Euclidean distance between the variations of one recording, float `[N, d]`, N ≥ 2."""
-    x, _ = _checked(embeddings, embeddings)
-    return float(np.sqrt(_squares(x, x)[np.triu_indices(len(x), 1)]).mean())
 
 
 def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

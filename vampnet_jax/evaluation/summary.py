@@ -1,17 +1,16 @@
 """From measures per excerpt to one row per condition, with intervals."""
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from vampnet_jax.evaluation.conditions import Condition
-from vampnet_jax.evaluation.intervals import Interval, bootstrap, mean_interval
-from vampnet_jax.evaluation.measuring import Rows
+from vampnet_jax.evaluation.intervals import Interval, centred_interval, mean_interval, resampled
+from vampnet_jax.evaluation.making import Rows
+from vampnet_jax.evaluation.measuring import Measurements
 from vampnet_jax.evaluation.sets import frechet_distance, kernel_distance, median_distance
 
 SET_RESAMPLES = 100
@@ -27,53 +26,33 @@ class Result:
 
 
 def summarise(
-    conditions: list[Condition],
-    rows: dict[str, Rows],
-    reference: Rows,
-    embeddings: tuple[str, ...],
+    conditions: list[Condition], measured: Measurements, embeddings: tuple[str, ...]
 ) -> list[Result]:
     """Means with 95 % intervals over excerpts, and distances to the reference set.
 
     Args:
-      conditions: in the order of the result.
-      rows: measures of each condition by its slug.
-      reference: embeddings of the reference excerpts.
+      conditions: those that were measured, in their order.
+      measured: at least 2 excerpts.
       embeddings: their names.
 
     Returns:
-      figures by name: `mel`, `stft`, … (means), `frechet <embedding>`, `kad <embedding>`, and
+      figures by name: `mel`, `stft`, … (means), `mel change` (from the condition before it in the
+      same experiment, excerpt by excerpt), `frechet <embedding>`, `kad <embedding>`, and
       `share <embedding>`: (F − F_codec)/(F_random − F_codec) of the Fréchet distances F, 0 being as
       good as the codec and 1 as bad as random tokens.
     """
-    ends = {
-        c.kind: rows[c.slug]
-        for c in conditions
-        if c.kind == "random" or (c.kind == "codec" and not c.codebooks)
-    }
-
-    def of(condition: Condition) -> Result:
-        own = rows[condition.slug]
-        figures = {
-            name: mean_interval(values[np.isfinite(values)])
-            for name, values in own.items()
-            if values.ndim == 1 and np.isfinite(values).any()
-        }
-        for name in embeddings:
-            if len(reference[name]) < 2 or len(own[name]) < 2:
-                continue
-            figures[f"frechet {name}"] = _between(frechet_distance, reference[name], own[name])
-            # Fixed, since a resampled reference repeats itself and so looks narrower.
-            bandwidth = median_distance(reference[name])
-            if bandwidth > 0:
-                distance = functools.partial(kernel_distance, bandwidth=bandwidth)
-                figures[f"kad {name}"] = _between(distance, reference[name], own[name])
-            if len(ends) == 2 and condition.kind not in ends:
-                sets = (reference[name], own[name], ends["codec"][name], ends["random"][name])
-                figures[f"share {name}"] = _share_interval(*sets)
-        return Result(condition, figures)
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(of, conditions))
+    figures = [_means(rows) for rows in measured.conditions]
+    before: dict[str, np.ndarray] = {}
+    for condition, rows, own in zip(conditions, measured.conditions, figures, strict=True):
+        if condition.experiment in before:
+            own["mel change"] = mean_interval(rows["mel"] - before[condition.experiment])
+        before[condition.experiment] = rows["mel"]
+    for name in embeddings:
+        made = np.stack([rows[name] for rows in measured.conditions], axis=1)
+        between = _between_sets(conditions, measured.reference[name], made)
+        for own, found in zip(figures, between, strict=True):
+            own.update({f"{sort} {name}": interval for sort, interval in found.items()})
+    return [Result(c, own) for c, own in zip(conditions, figures, strict=True)]
 
 
 def summarise_tokens(rows: Rows) -> dict[str, Interval]:
@@ -94,25 +73,51 @@ def as_json(results: list[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def _between(
-    distance: Callable[[np.ndarray, np.ndarray], float], reference: np.ndarray, own: np.ndarray
-) -> Interval:
-    """Both sets resampled; since repetitions bias such distances, the interval is centred."""
-    whole = bootstrap(distance, reference, own, n=SET_RESAMPLES, paired=False)
-    half = (whole.high - whole.low) / 2
-    return Interval(whole.value, whole.value - half, whole.value + half)
+def _means(rows: Rows) -> dict[str, Interval]:
+    """Of all measures that are one number per excerpt, where there are any."""
+    return {
+        name: mean_interval(values[np.isfinite(values)])
+        for name, values in rows.items()
+        if values.ndim == 1 and np.isfinite(values).any()
+    }
 
 
-def _share_interval(
-    reference: np.ndarray, own: np.ndarray, codec: np.ndarray, random: np.ndarray
-) -> Interval:
-    """The excerpts resampled alike in all conditions, the reference by itself; centred as above."""
-    made = np.stack([own, codec, random], axis=1)  # [N, 3, d]
+def _between_sets(
+    conditions: list[Condition], reference: np.ndarray, made: np.ndarray
+) -> list[dict[str, Interval]]:
+    """Fréchet and kernel distance, and share, of each condition.
 
-    def share(reference: np.ndarray, made: np.ndarray) -> float:
-        f, best, worst = (frechet_distance(reference, made[:, i]) for i in range(3))
-        return (f - best) / (worst - best)
+    The excerpts are resampled alike in all conditions, the reference by itself.
 
-    whole = bootstrap(share, reference, made, n=SET_RESAMPLES, paired=False)
-    half = (whole.high - whole.low) / 2
-    return Interval(whole.value, whole.value - half, whole.value + half)
+    Args:
+      conditions: K of them.
+      reference: embeddings `[N, d]`.
+      made: embeddings `[N, K, d]`.
+    """
+    measures: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"frechet": frechet_distance}
+    # Fixed, since a resampled reference repeats itself and so looks narrower.
+    bandwidth = median_distance(reference)
+    if bandwidth > 0:
+        measures["kad"] = functools.partial(kernel_distance, bandwidth=bandwidth)
+
+    def distances(reference: np.ndarray, made: np.ndarray) -> np.ndarray:
+        sets = made.swapaxes(0, 1)
+        return np.array([[measure(reference, x) for x in sets] for measure in measures.values()])
+
+    values = distances(reference, made)  # [measures, K]
+    draws = resampled(distances, reference, made, n=SET_RESAMPLES, paired=False)
+    found: list[dict[str, Interval]] = [{} for _ in conditions]
+    for i, name in enumerate(measures):
+        for k, own in enumerate(found):
+            own[name] = centred_interval(values[i, k], draws[:, i, k])
+    best, worst = (
+        next((k for k, c in enumerate(conditions) if c.kind == kind and not c.codebooks), None)
+        for kind in ("codec", "random")
+    )
+    if best is not None and worst is not None:
+        for k in set(range(len(conditions))) - {best, worst}:
+            share, *shares = (
+                (f[k] - f[best]) / (f[worst] - f[best]) for f in (values[0], *draws[:, 0])
+            )
+            found[k]["share"] = centred_interval(share, np.array(shares))
+    return found
