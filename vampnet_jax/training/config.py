@@ -48,6 +48,9 @@ class TrainConfig:
     adam_b2: float = 0.999
     gradient_clip: float = 5.0
     """Global norm that gradients are clipped to."""
+    level_masks: float = 0.0
+    """Share of the examples that are masked as when codebooks are filled in one after the other;
+    above 0, every example is scored on one codebook only, by turns."""
     label_smoothing: float = 0.1
     ema_decay: float = 0.999
     """Of the moving average of the weights that is used afterwards; 0 keeps none."""
@@ -100,6 +103,8 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1.")
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay is {self.weight_decay}; it must not be negative.")
+        if not 0 <= self.level_masks <= 1:
+            raise InputError(f"level_masks is {self.level_masks}; it must be from 0 to 1.")
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be below 2^63.")
         if self.schedule not in get_args(ScheduleName):

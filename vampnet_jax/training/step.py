@@ -13,6 +13,7 @@ from vampnet_jax.model import Params, init
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.objective import (
     Sums,
+    draw_level_masks,
     draw_masks,
     mask_ratios,
     masked_sums,
@@ -21,6 +22,7 @@ from vampnet_jax.training.objective import (
 from vampnet_jax.training.optimizer import optimizer, schedule
 from vampnet_jax.training.sharding import Layout
 from vampnet_jax.training.spikes import judge
+from vampnet_jax.training.untrained import fit_to_codec
 
 Metrics = dict[str, jax.Array]
 
@@ -86,19 +88,18 @@ def init_state(
     Args:
       config: all settings.
       codebooks: float32 `[≥C, V, d]`.
-      frequencies: how often each token occurs, `[≥C, V]`. With them the untrained model predicts
-        just these, so that no steps are spent on learning them.
+      frequencies: how often each token occurs, `[≥C, V]`. With them the untrained model is
+        fitted to them and to the codes, so that no steps are spent on learning these.
     """
     key = jax.random.key(config.seed)
     used = jnp.asarray(codebooks[: config.model.n_codebooks], jnp.float32)
     if config.lora is not None:
         params = lora.init(key, config.model, config.lora)
     else:
-        params = without_codebooks(init(key, config.model, codebooks))
+        params = init(key, config.model, codebooks)
         if frequencies is not None:
-            given, n = config.model.n_conditioning_codebooks, config.model.n_codebooks
-            kernel = jnp.zeros_like(params["head"]["kernel"])
-            params["head"] = {"kernel": kernel, "bias": jnp.log(frequencies[given:n])}
+            params = fit_to_codec(params, frequencies, jax.random.fold_in(key, 1), config.model)
+        params = without_codebooks(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -167,16 +168,18 @@ def train_step(
     mask_key, dropout_key = jax.random.split(key)
     batch, _, n_frames = tokens.shape
     numbers = jnp.arange(batch, dtype=jnp.uint32)
-    ratios = mask_ratios(
-        jnp.asarray(np.uint32(config.seed % 2**32)),
-        state.step.astype(jnp.uint32) * jnp.uint32(batch) + numbers,
-    )
+    examples = state.step.astype(jnp.uint32) * jnp.uint32(batch) + numbers
+    ratios = mask_ratios(jnp.asarray(np.uint32(config.seed % 2**32)), examples)
     mask_keys, dropout_keys = (
         jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
         for key in (mask_key, dropout_key)
     )
-    mask = draw_masks(mask_keys, ratios, n_frames, config.model)
-    gradient, sums = _gradient(state, tokens, mask, dropout_keys, config, layout)
+    mask, levels = draw_masks(mask_keys, ratios, n_frames, config.model), None
+    if config.level_masks:
+        by_level, levels = draw_level_masks(mask_keys, ratios, n_frames, config.model, examples)
+        chosen = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(mask_keys)
+        mask = jnp.where((chosen < config.level_masks)[:, None, None], by_level, mask)
+    gradient, sums = _gradient(state, (tokens, mask, levels, dropout_keys), config, layout)
     metrics = metrics_by_ratio(sums, ratios)
     rate = schedule(config)(state.step, done)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and step counts
@@ -211,35 +214,41 @@ def train_step(
 
 def _gradient(
     state: TrainState,
-    tokens: jax.Array,
-    mask: jax.Array,
-    dropout_keys: jax.Array,
+    batch: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array],
     config: TrainConfig,
     layout: Layout | None,
 ) -> tuple[Params, Sums]:
-    """Gradient of the mean loss over all masked tokens of the batch, and sums by example.
+    """Gradient of the mean loss over all scored tokens of the batch, and sums by example.
+
+    The batch is tokens, mask, levels or None, and dropout keys.
 
     With accumulation the batch is gone through in parts. Every part is divided by the number of
     masked tokens of the whole batch, so that the parts add up to the whole's gradient.
     """
-    n_masked = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+    _, mask, levels, _ = batch
+    scored = mask
+    if levels is not None:
+        own = config.model.n_conditioning_codebooks + levels
+        scored = jnp.take_along_axis(mask, own[:, None, None], axis=1)
+    n_scored = jnp.maximum(jnp.sum(scored, dtype=jnp.float32), 1.0)
 
-    def loss_of(params: Params, tokens: jax.Array, mask: jax.Array, keys: jax.Array):
+    def loss_of(params: Params, tokens, mask, levels, keys):
         sums = masked_sums(
             full_params(params, state, config),
             tokens,
             mask,
             config.model,
+            levels=levels,
             label_smoothing=config.label_smoothing,
             dropout_key=keys if config.model.dropout else None,
             place=layout.split_batch if layout else lambda x: x,
             shards=layout.batch_shards if layout else 1,
         )
-        return jnp.sum(sums.loss) / n_masked, sums
+        return jnp.sum(sums.loss) / n_scored, sums
 
     gradient_of = jax.grad(loss_of, has_aux=True)
     if config.accumulate == 1:
-        return gradient_of(state.params, tokens, mask, dropout_keys)
+        return gradient_of(state.params, *batch)
 
     def divided(x: jax.Array) -> jax.Array:
         """`[B, …]` → `[N, B/N, …]`; a part has examples of every device, so nothing is moved."""
@@ -252,7 +261,7 @@ def _gradient(
         return layout.constrain(total) if layout else total, sums
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    parts = jax.tree.map(divided, (tokens, mask, dropout_keys))
+    parts = jax.tree.map(divided, batch)
     gradient, sums = jax.lax.scan(add, zeros, parts)
     return gradient, Sums(*(values.swapaxes(0, 1).reshape(-1) for values in sums))
 
