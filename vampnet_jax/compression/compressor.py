@@ -135,7 +135,7 @@ class Compressor:
             raise InputError(
                 "it was coded under the model's probabilities by a machine or a version of JAX "
                 "that rounds otherwise than this one; decompress it there, or compress it again "
-                "without --with-model."
+                "without with_model."
             )
         table = self.table[: len(keep)]
         decoder.expect(coding.least_bits(header.channels, keep, table, predictor))
@@ -185,11 +185,12 @@ class Compressor:
 
     def _check(self, header: Header) -> None:
         codec = self.model.codec
-        if header.codec != bytes.fromhex(codec.fingerprint)[:5] or header.model != self.identity:
-            part = "codec" if header.codec != bytes.fromhex(codec.fingerprint)[:5] else "weights"
+        other_codec = header.codec != bytes.fromhex(codec.fingerprint)[:5]
+        if other_codec or header.model != self.identity:
             raise InputError(
-                f"it was made with a model of another {part} (it says {header.model.hex()}, "
-                f"{self.model.name} is {self.identity.hex()}); give the same with --model."
+                f"it was made with another {'codec' if other_codec else 'model'} (it says "
+                f"{header.model.hex()}, {self.model.name} is {self.identity.hex()}); give the "
+                "model that it was made with."
             )
         if header.codebooks > self.n_codebooks:
             raise InputError(

@@ -11,8 +11,6 @@ import numpy as np
 
 from codec_bridge.errors import InputError
 
-MAX_TOTAL = 2**23
-"""Largest sum of frequencies: exact in float32 and within the coder's 24 bits."""
 _SLACK_BITS = 128
 """What the coder may save at the end of a message."""
 
@@ -25,7 +23,8 @@ class Coder(Protocol):
 
         Args:
           values: integers `[n]`; a decoder looks at their number only.
-          frequencies: integers of at least 1, `[V]` for all symbols or `[n, V]`.
+          frequencies: integers of at least 1, `[V]` for all symbols or `[n, V]`; their sum is at
+            most 2²³, exact in float32 and within the coder's 24 bits.
 
         Returns:
           int32 `[n]`: the values.

@@ -35,11 +35,8 @@ class Setting:
         """In words."""
         codebooks = f"{len(self.keep)} codebooks"
         if self.period:
-            return (
-                f"{codebooks}, every frame"
-                if self.period == 1
-                else (f"{codebooks}, one frame in {self.period}")
-            )
+            frames = "every frame" if self.period == 1 else f"one frame in {self.period}"
+            return f"{codebooks}, {frames}"
         return f"{self.keep.mean():.1%} of {codebooks}, chosen by the model"
 
 
@@ -70,9 +67,9 @@ def compress_with(
     n = compressor.n_codebooks
     codebooks, period = codebooks if codebooks is not None else n, 1 if period is None else period
     if not 1 <= codebooks <= n:
-        raise InputError(f"--codebooks is {codebooks}; the model has 1 to {n}.")
+        raise InputError(f"codebooks is {codebooks}; the model has 1 to {n}.")
     if not 1 <= period <= MAX_PERIOD:
-        raise InputError(f"--period is {period}; it must be from 1 to {MAX_PERIOD}.")
+        raise InputError(f"period is {period}; it must be from 1 to {MAX_PERIOD}.")
     keep = grid(codebooks, clip.tokens.shape[-1], period)
     return _compressed(compressor, clip, keep, period, seed, with_model)
 
@@ -106,7 +103,7 @@ def compress_within(
     if not settings:
         raise InputError(
             f"{bitrate:g} bit/s leave {budget} bytes for {seconds:.2f} s, and the header alone "
-            f"takes {HEADER_BYTES}; give a higher --bitrate or a longer clip."
+            f"takes {HEADER_BYTES}; give a higher bitrate or a longer clip."
         )
     distances = []
     for i, setting in enumerate(settings):
@@ -128,6 +125,9 @@ def _fitting(
         setting = _shortest_period(compressor, clip, codebooks, stop, budget, seed, with_model)
         if setting is not None:
             settings.append(setting)
+    n_coarse = compressor.model.coarse.config.n_codebooks
+    if any(s.period == 1 and len(s.keep) >= n_coarse for s in settings):
+        return settings  # which has all that the model may choose from
     chosen = _largest_share(compressor, clip, budget, seed, with_model)
     return settings if chosen is None else [*settings, chosen]
 
