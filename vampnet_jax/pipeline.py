@@ -20,7 +20,7 @@ from vampnet_jax.prompts import DEFAULT_PRESET, PRESETS, Prompt, frames
 from vampnet_jax.release import Model
 from vampnet_jax.rhythm import Rhythm
 from vampnet_jax.sampling import SamplingOptions
-from vampnet_jax.vamping import vamp, window_starts
+from vampnet_jax.vamping import vamp
 
 LOUDNESS = -24.0
 """LUFS of what the models were trained on."""
@@ -233,9 +233,7 @@ def generate(
             jnp.repeat(pass_keys, channels, axis=0),
             coarse=coarse,
             fine=fine,
-            on_progress=_stages(
-                model, start.shape[-1], pass_index, len(masks_of_passes), on_progress
-            ),
+            on_progress=_of_pass(pass_index, len(masks_of_passes), on_progress),
         )
     return Variations(
         tokens=np.asarray(tokens).reshape(n_variations, *start.shape),
@@ -306,18 +304,10 @@ def _stage(on_progress: Progress | None, stage: str) -> Callable[[int, int], Non
     return lambda done, total: on_progress(stage, done, total)
 
 
-def _stages(
-    model: Model, n_frames: int, pass_index: int, n_passes: int, on_progress: Progress | None
-) -> Callable[[int, int], None] | None:
-    """Tell coarse from fine windows: `vamp` counts them together, coarse ones first."""
+def _of_pass(pass_index: int, n_passes: int, on_progress: Progress | None) -> Progress | None:
+    """Of windows done in one pass, how many that makes of those of all passes."""
     if on_progress is None:
         return None
-    n_coarse = len(window_starts(n_frames, model.coarse_window))
-
-    def report(done: int, total: int) -> None:
-        n_fine = total - n_coarse
-        coarse, fine = min(done, n_coarse), max(0, done - n_coarse)
-        on_progress("coarse", pass_index * n_coarse + coarse, n_passes * n_coarse)
-        on_progress("fine", pass_index * n_fine + fine, n_passes * n_fine)
-
-    return report
+    return lambda stage, done, total: on_progress(
+        stage, pass_index * total + done, n_passes * total
+    )

@@ -28,8 +28,8 @@ MAX_ROWS = 16
 CORES_PER_ROW = 2
 """CPU cores that decode one window at once: more windows than that no longer fit their caches."""
 
-Progress = Callable[[int, int], None]
-"""Called with (windows done, windows in all) after each step of the work."""
+Progress = Callable[[str, int, int], None]
+"""Called with the stage ("coarse", "fine"), its windows that are done, and how many it has."""
 
 
 def vamp(
@@ -75,22 +75,31 @@ def vamp(
 
     coarse_passes = [[start] for start in window_starts(n_frames, model.coarse_window)]
     fine_passes = independent(window_starts(n_frames, model.fine_window), model.fine_window)
-    total = sum(map(len, coarse_passes + fine_passes))
-    done = 0
+    fill(
+        model.coarse, filled[:, :n_coarse], masked[:, :n_coarse], coarse_keys, coarse,
+        coarse_passes, model.coarse_window, _counted("coarse", coarse_passes, on_progress),
+    )  # fmt: skip
+    masked[:, :n_coarse] = False
+    fill(
+        model.fine, filled, masked, fine_keys, fine,
+        fine_passes, model.fine_window, _counted("fine", fine_passes, on_progress),
+    )  # fmt: skip
+    return jnp.asarray(filled)
+
+
+def _counted(
+    stage: str, passes: list[list[int]], on_progress: Progress | None
+) -> Callable[[int], None]:
+    """From windows just done, as `fill` reports them, to windows done so far."""
+    done, total = 0, sum(map(len, passes))
 
     def report(count: int) -> None:
         nonlocal done
         done += count
         if on_progress is not None:
-            on_progress(done, total)
+            on_progress(stage, done, total)
 
-    fill(
-        model.coarse, filled[:, :n_coarse], masked[:, :n_coarse], coarse_keys, coarse,
-        coarse_passes, model.coarse_window, report,
-    )  # fmt: skip
-    masked[:, :n_coarse] = False
-    fill(model.fine, filled, masked, fine_keys, fine, fine_passes, model.fine_window, report)
-    return jnp.asarray(filled)
+    return report
 
 
 def window_starts(n_frames: int, window: int) -> list[int]:

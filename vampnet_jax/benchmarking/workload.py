@@ -131,10 +131,8 @@ class Workload:
             clock.append(time.perf_counter())
             laps[stage] = clock[-1] - clock[-2]
 
-        n_coarse = len(self._starts("coarse"))
-
-        def on_progress(done: int, total: int) -> None:
-            if done >= n_coarse and "coarse" not in laps:
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage == "coarse" and done == total:
                 lap("coarse")
 
         options = {
