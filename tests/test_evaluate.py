@@ -22,8 +22,11 @@ from vampnet_jax.evaluation.conditions import (
     read_experiments,
 )
 from vampnet_jax.evaluation.excerpts import choose_excerpts
+from vampnet_jax.evaluation.intervals import Interval
 from vampnet_jax.evaluation.making import window_borders
+from vampnet_jax.evaluation.report import tables
 from vampnet_jax.evaluation.run import evaluate
+from vampnet_jax.evaluation.summary import Result
 from vampnet_jax.prompts import Prompt
 
 RATE = 8000
@@ -93,7 +96,7 @@ def test_an_evaluation_gives_all_figures_and_the_same_again_after_an_interruptio
     results = evaluate(compressor, music, out, CONDITIONS, **options)
     whole = evaluate(compressor, music, tmp_path / "again", CONDITIONS, **options)
     assert results == whole
-    for name in ("results.csv", "results.json", "report.html"):
+    for name in ("results.csv", "results.json", "results.md", "report.html"):
         assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
     figures = {r.condition.name: r.figures for r in results}
@@ -184,6 +187,26 @@ def test_the_papers_experiments_and_baselines_have_names_of_their_own():
         "1 steps", "72 steps", "4 codebooks, p=16", "codec, 8 codebooks", "Opus 6 kbit/s",
         "beat 75 ms", "nothing kept",
     } <= {c.name for c in conditions}  # fmt: skip
+
+
+def test_tables_show_figures_with_intervals_and_leave_out_what_is_not_there():
+    results = [
+        Result(Condition("baselines", "codec", "codec"), {"mel": Interval(0.61234, 0.6, 0.63)}),
+        Result(
+            Condition("own", "p=2"),
+            {
+                "clicks": Interval(1, 1, 1),
+                "mel": Interval(1, 0.9, 1.1),
+                "frechet x": Interval(2, 1, 3),
+            },
+        ),
+        Result(Condition("own", "file", "compress"), {"bitrate": Interval(4000.4, 4000.4, 4000.4)}),
+    ]
+    assert tables(results) == (
+        "| baselines | mel |\n|---|---|\n| codec | 0.612 [0.6, 0.63] |\n\n"
+        "| own | bitrate | mel | frechet x |\n|---|---|---|---|\n"
+        "| p=2 |  | 1 [0.9, 1.1] | 2 [1, 3] |\n| file | 4000 |  |  |\n"
+    )
 
 
 def test_own_experiments_are_read_from_yaml(tmp_path):

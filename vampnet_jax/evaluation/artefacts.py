@@ -67,13 +67,3 @@ def seam_ranks(audio: np.ndarray, rate: int, hop: int, borders: list[int]) -> np
             [((nearby < nearby[b]).mean() + (nearby <= nearby[b]).mean()) / 2 for b in inside]
         )
     return np.array(ranks)
-
-
-def seam_score(ranks: np.ndarray) -> float:
-    """How many standard errors the mean rank lies above ½, for the worse of the two measures.
-
-    Args:
-      ranks: float `[2, n]`, of one recording or joined from many; above 3 there are seams.
-    """
-    n = ranks.shape[1]
-    return float((ranks.mean(axis=1).max() - 0.5) * np.sqrt(12 * n)) if n else 0.0

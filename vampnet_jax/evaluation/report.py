@@ -1,4 +1,4 @@
-"""The results as CSV, JSON, plots and one HTML page with players."""
+"""The results as CSV, JSON, Markdown tables, plots and one HTML page with players."""
 
 import csv
 import html
@@ -11,7 +11,8 @@ from codec_bridge.atomic import atomic_write
 from vampnet_jax.evaluation.intervals import Interval
 from vampnet_jax.evaluation.summary import Result, as_json
 
-FILES = ("results.csv", "results.json", "report.html")
+IN_TABLES = ("bitrate", "mel", "frechet", "kad", "share")
+"""Measures, or sorts of them, that the Markdown tables show."""
 
 
 def write_report(
@@ -34,8 +35,32 @@ def write_report(
     content["tokens"] = {name: list(interval) for name, interval in tokens.items()}
     _write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     _write(folder / "results.csv", _csv(results))
+    _write(folder / "results.md", tables(results))
     plots = _plots(folder, results)
     _write(folder / "report.html", _page(results, tokens, settings, plots, n_listen))
+
+
+def tables(results: list[Result]) -> str:
+    """A Markdown table per experiment, for documentation."""
+    parts = []
+    for experiment in dict.fromkeys(r.condition.experiment for r in results):
+        rows = [r for r in results if r.condition.experiment == experiment]
+        found = dict.fromkeys(name for r in rows for name in r.figures)
+        names = [n for sort in IN_TABLES for n in found if n == sort or n.startswith(f"{sort} ")]
+        lines = [f"| {experiment} | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        for r in rows:
+            cells = (_words(r.figures.get(name)) for name in names)
+            lines.append(f"| {r.condition.name} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _words(interval: Interval | None) -> str:
+    """A figure and its interval, if it has a width."""
+    if interval is None:
+        return ""
+    value, low, high = (f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}" for x in interval)
+    return value if low == high else f"{value} [{low}, {high}]"
 
 
 def _csv(results: list[Result]) -> str:
