@@ -15,6 +15,8 @@ from vampnet_jax.prompts import preset
 from vampnet_jax.sampling import SamplingOptions
 
 OFF = {"typical_mass": None}
+EACH = OFF | {"codebook_steps": (1,) * 12}
+"""One step per codebook of the fine model."""
 WAYS: dict[str, tuple[dict, dict]] = {
     "original": ({}, {}),
     "no filter": (OFF, OFF),
@@ -34,6 +36,18 @@ WAYS: dict[str, tuple[dict, dict]] = {
     "guidance 0.5, fine likeliest": ({"guidance": 0.5}, OFF | {"sample_cutoff": 0.0}),
     "guidance 1, fine likeliest": ({"guidance": 1.0}, OFF | {"sample_cutoff": 0.0}),
     "spread, fine likeliest": ({"order": "spread"}, OFF | {"sample_cutoff": 0.0}),
+    "fine by codebook": ({}, EACH),
+    "fine by codebook, typical": ({}, {"codebook_steps": (1,) * 12}),
+    "fine by codebook, temperature 0.7": ({}, EACH | {"temperature": 0.7}),
+    "fine by codebook, top-p 0.5": ({}, EACH | {"top_p": 0.5}),
+    "fine by codebook, likeliest": ({}, EACH | {"sample_cutoff": 0.0}),
+    "no filter, fine by codebook": (OFF, EACH),
+    "temperature 0.7, fine by codebook": (OFF | {"temperature": 0.7}, EACH),
+    "top-p 0.7, fine by codebook": (OFF | {"top_p": 0.7}, EACH),
+    "likeliest, fine by codebook": (
+        OFF | {"sample_cutoff": 0.0, "mask_temperature": 3.0},
+        EACH,
+    ),
     "likeliest": (
         OFF | {"sample_cutoff": 0.0, "mask_temperature": 3.0},
         OFF | {"sample_cutoff": 0.0},
