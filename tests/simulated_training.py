@@ -96,9 +96,8 @@ def train(mesh: str) -> dict:
     codebooks = rng.standard_normal((3, 32, 8)).astype(np.float32)
     state = init_on(layout, config, codebooks, np.full((3, 32), 1 / 32))
     if adapts:
-        state = with_frozen(
-            state, vampnet.init(jax.random.key(1), model, codebooks), config, layout
-        )
+        adapted = jax.tree.map(np.asarray, vampnet.init(jax.random.key(1), model, codebooks))
+        state = with_frozen(state, adapted, config, layout)
     divided = jax.tree.leaves(state.frozen if adapts else (state.params, state.moments))
     parts = [part for leaf in divided for part in leaf.addressable_shards]
     by_device = [

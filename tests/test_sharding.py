@@ -21,25 +21,27 @@ SMALL = vampnet.ModelConfig(n_codebooks=3, n_layers=2, n_heads=2, embedding_dim=
 ONE_DEVICE = "data=1,fsdp=1,tensor=1"
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"]
 LORA = "data=2,fsdp=2,tensor=2+lora"
+TWO = ["fsdp=8+2", "fsdp=8+lora"]
+"""In two processes: accumulating, and with adapters."""
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, dict]:
     """The same training on one and on eight simulated devices, and in two processes of four."""
     coordinator = f"localhost:{simulated.free_port()}"
-    several = [simulated.start(4, "fsdp=8+2", job=(coordinator, 2, n)) for n in range(2)]
+    several = [simulated.start(4, *TWO, job=(coordinator, 2, n)) for n in range(2)]
     one = simulated.start(8, ONE_DEVICE, *MESHES, f"{ONE_DEVICE}+lora", LORA)
     # Gloo prints before the result.
     joined, apart = (
         json.loads(simulated.finish(*each).splitlines()[-1]) for each in (several, [one])
     )
-    return apart | {"two processes, accumulating": joined["fsdp=8+2"]}
+    return apart | joined
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MESHES, "two processes, accumulating", LORA])
+@pytest.mark.parametrize("name", [*MESHES, LORA, *TWO])
 def test_losses_are_the_same_on_one_and_eight_devices_and_in_two_processes(runs, name):
-    wanted, found = runs[ONE_DEVICE + "+lora" * (name == LORA)], runs[name]
+    wanted, found = runs[ONE_DEVICE + "+lora" * name.endswith("lora")], runs[name]
     assert (wanted["devices"], found["devices"]) == (1, 8)
     assert len(found["losses"]) == simulated.STEPS
     np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=1e-5)
@@ -52,8 +54,9 @@ def test_losses_are_the_same_on_one_and_eight_devices_and_in_two_processes(runs,
     [
         ("fsdp=8", 8),
         ("data=2,fsdp=2,tensor=2", 4),
-        ("two processes, accumulating", 8),
         (LORA, 4),
+        ("fsdp=8+2", 8),
+        ("fsdp=8+lora", 8),
     ],
 )
 def test_each_device_holds_its_share_of_parameters_and_moments_or_what_is_adapted(
