@@ -23,7 +23,6 @@ from vampnet_jax.evaluation.conditions import (
 )
 from vampnet_jax.evaluation.excerpts import choose_excerpts
 from vampnet_jax.evaluation.intervals import Interval
-from vampnet_jax.evaluation.making import window_borders
 from vampnet_jax.evaluation.report import tables
 from vampnet_jax.evaluation.run import evaluate
 from vampnet_jax.evaluation.summary import Result
@@ -171,13 +170,6 @@ def test_what_does_not_fit_is_refused_before_the_work(music, tmp_path, condition
             n_excerpts=2, seconds=1.0,
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
-
-
-def test_borders_are_where_another_window_takes_over():
-    model = random_model(random_codec())  # windows of 40 and 20 frames
-    assert window_borders(model, 20) == []
-    # Coarse: 0-40, then 40-70. Fine: first 0-20, 30-50 and 50-70, then 20-30.
-    assert window_borders(model, 70) == [20, 30, 40, 50]
 
 
 def test_the_papers_experiments_and_baselines_have_names_of_their_own():

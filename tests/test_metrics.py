@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vampnet_jax.evaluation.artefacts import clicks, seam_ranks
+from vampnet_jax.evaluation.artefacts import clicks, seam_ranks, window_borders
 from vampnet_jax.evaluation.distances import Spectra, mel_distance, stft_distance
 from vampnet_jax.evaluation.embeddings import crepe_tiny, mel_statistics
 from vampnet_jax.evaluation.intervals import centred_interval, mean_interval, percentiles, resampled
@@ -181,6 +181,13 @@ def test_clicks_are_found_where_they_are_and_music_has_none():
     burst = noise(1e-3, RATE)
     burst[RATE // 2 :] += noise(0.1, RATE // 2, 1) * np.exp(-np.arange(RATE // 2) / 2400)
     assert len(clicks(burst.astype(np.float32), RATE)) == 0  # a drum is no click
+
+
+def test_borders_are_where_another_window_takes_over():
+    assert window_borders([[0]], 40, 30) == []
+    assert window_borders([[0], [30]], 40, 70) == [40]
+    # First 0-20, 30-50 and 50-70; 15-35 fills what is between, and 45-65 nothing.
+    assert window_borders([[0, 30, 50], [15, 45]], 20, 70) == [20, 30, 50]
 
 
 def test_seams_are_told_from_borders_that_cannot_be_heard():

@@ -1,5 +1,7 @@
 """What generated audio must not have: clicks, and seams where windows meet."""
 
+import itertools
+
 import numpy as np
 
 CLICK_FACTOR = 30.0
@@ -31,6 +33,22 @@ def clicks(audio: np.ndarray, rate: int, factor: float = CLICK_FACTOR) -> np.nda
         if not found or sample - found[-1] > half:
             found.append(int(sample))
     return (np.array(found, float) + 1) / rate
+
+
+def window_borders(passes: list[list[int]], window: int, n_frames: int) -> list[int]:
+    """Frames at which a sequence goes from what one window made to what another one did.
+
+    Args:
+      passes: first frames of windows, in the order in which they are made: earlier ones keep what
+        they share with later ones.
+      window: frames of each.
+      n_frames: of the sequence.
+    """
+    maker = np.full(n_frames, -1)
+    for start in itertools.chain.from_iterable(passes):
+        span = maker[start : start + window]
+        span[span < 0] = start
+    return [int(frame) + 1 for frame in np.flatnonzero(np.diff(maker))]
 
 
 def seam_ranks(audio: np.ndarray, rate: int, hop: int, borders: list[int]) -> np.ndarray:

@@ -14,7 +14,7 @@ from codec_bridge import audio as signal
 from codec_bridge.audio import Audio
 from vampnet_jax.compression.coding import grid
 from vampnet_jax.compression.compressor import Compressor
-from vampnet_jax.evaluation.artefacts import seam_ranks
+from vampnet_jax.evaluation.artefacts import seam_ranks, window_borders
 from vampnet_jax.evaluation.conditions import Condition
 from vampnet_jax.evaluation.distances import SAMPLE_RATE, Spectra
 from vampnet_jax.evaluation.excerpts import Excerpt
@@ -98,25 +98,23 @@ def make(
     else:
         tokens, rows = _generate(compressor, condition, originals)
     made = np.asarray(codec.decode(tokens))[:, :n_samples]
-    borders = window_borders(compressor.model, tokens.shape[-1])
+    borders = _borders(compressor.model, tokens.shape[-1])
     if condition.kind in ("vamp", "compress", "fine") and borders:
         ranks = [seam_ranks(x, codec.sample_rate, codec.hop_length, borders) for x in made]
         rows["seam rank"] = np.array([r.mean() if r.size else np.nan for r in ranks])
     return made, rows
 
 
-def window_borders(model: Model, n_frames: int) -> list[int]:
-    """Frames at which a sequence goes from what one window made to what another one did."""
-    borders: set[int] = set()
+def _borders(model: Model, n_frames: int) -> list[int]:
+    """Where windows of either stage meet."""
     coarse = [[start] for start in window_starts(n_frames, model.coarse_window)]
     fine = independent(window_starts(n_frames, model.fine_window), model.fine_window)
-    for passes, window in ((coarse, model.coarse_window), (fine, model.fine_window)):
-        maker = np.full(n_frames, -1)
-        for start in (start for starts in passes for start in starts):
-            span = maker[start : start + window]
-            span[span < 0] = start
-        borders |= {int(frame) + 1 for frame in np.flatnonzero(np.diff(maker))}
-    return sorted(borders)
+    return sorted(
+        {
+            *window_borders(coarse, model.coarse_window, n_frames),
+            *window_borders(fine, model.fine_window, n_frames),
+        }
+    )
 
 
 def _generate(
