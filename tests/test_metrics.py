@@ -163,6 +163,14 @@ def test_embeddings_of_a_pitch_are_nearer_to_it_than_to_noise():
     assert np.linalg.norm(a - b) < np.linalg.norm(a - c)
 
 
+def test_what_is_too_quiet_to_be_heard_does_not_change_mel_statistics():
+    plain, hissing, noisy = (
+        mel_statistics(Spectra(tone() + noise(level, RATE))) for level in (0, 1e-5, 1e-2)
+    )
+    np.testing.assert_allclose(hissing, plain, atol=1e-3)
+    assert np.linalg.norm(noisy - plain) > 0.1
+
+
 @pytest.mark.skipif(find_spec("torchcrepe") is None, reason="needs the extra `evaluate`")
 def test_crepe_hears_pitch_and_not_level():
     a, b, c = (crepe_tiny(Spectra(x)) for x in (tone(), tone() * 0.5, tone(pitch=700)))
