@@ -20,9 +20,12 @@ from vampnet_jax.evaluation.distances import SAMPLE_RATE, Spectra
 
 MEL_BANDS = 40
 MEL_FLOOR = -2.0
-"""What is below this counts as this, 41 to 61 dB below a tone of full scale in the band. Lower
-floors let what is hardly heard decide: with every other of 300 excerpts of music as the reference of
-the rest, the Fréchet distance is 0.89 ± 1.83 with -5, 0.43 ± 0.44 with -3, 0.20 ± 0.09 with -2."""
+"""What is below this counts as this, 41 to 61 dB below a tone of full scale in the band.
+
+Lower floors let what is hardly heard decide: with every other of 300 excerpts of music as the
+reference of the rest, the Fréchet distance is 0.89 ± 1.83 with -5, 0.43 ± 0.44 with -3 and
+0.20 ± 0.09 with -2.
+"""
 CREPE_RATE = 16_000
 CREPE_HOP = 1_600
 """A tenth of a second."""
