@@ -80,7 +80,7 @@ class TrainOptions:
     skip_spikes: float | None = None
     """Skip steps whose gradient is not finite or so many times as large as usual; 0: none."""
     level_masks: float | None = None
-    """Share of examples masked codebook by codebook (SoundStorm); above 0, each scores one."""
+    """Share of examples masked codebook by codebook (SoundStorm)."""
     label_smoothing: float | None = None
     """Share of the target spread over all codes."""
     ema_decay: float | None = None

@@ -49,8 +49,7 @@ class TrainConfig:
     gradient_clip: float = 5.0
     """Global norm that gradients are clipped to."""
     level_masks: float = 0.0
-    """Share of the examples that are masked as when codebooks are filled in one after the other;
-    above 0, every example is scored on one codebook only, by turns."""
+    """Share of the examples that are masked as when codebooks are filled in one after the other."""
     label_smoothing: float = 0.1
     ema_decay: float = 0.999
     """Of the moving average of the weights that is used afterwards; 0 keeps none."""

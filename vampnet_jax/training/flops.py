@@ -42,8 +42,7 @@ class Peak(NamedTuple):
 def step_flops(config: TrainConfig, n_frames: int) -> float:
     """FLOPs of the matrix products of one step, by formula.
 
-    Per frame and forward pass these are 2 (C·d·D + L·10·D² + D·Cp·V), where Cp is 1 with level
-    masks, and, for attention, 4·L·T·D;
+    Per frame and forward pass these are 2 (C·d·D + L·10·D² + D·Cp·V) and, for attention, 4·L·T·D;
     the backward pass costs twice as much (once, where the weights are not trained: LoRA). What
     rematerialisation computes again does not count, as usual in model FLOPs utilisation
     (Chowdhery et al. 2022, appendix B).
@@ -56,8 +55,7 @@ def step_flops(config: TrainConfig, n_frames: int) -> float:
     width, layers = model.embedding_dim, model.n_layers
     weights = model.n_codebooks * model.latent_dim * width
     weights += layers * 10 * width**2
-    scored = 1 if config.level_masks else model.n_predicted_codebooks
-    weights += width * scored * model.vocab_size
+    weights += width * model.n_predicted_codebooks * model.vocab_size
     passes = 3 if config.lora is None else 2
     per_frame = passes * 2 * weights + 3 * 4 * layers * n_frames * width
     return float(config.batch_size * n_frames * per_frame)

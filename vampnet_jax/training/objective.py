@@ -75,7 +75,7 @@ def draw_masks(keys: jax.Array, ratios: jax.Array, n_frames: int, config: ModelC
 
 def draw_level_masks(
     keys: jax.Array, ratios: jax.Array, n_frames: int, config: ModelConfig, examples: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Mask as when codebooks are filled in one after the other (SoundStorm, section 3.2).
 
     Every example has a level, a predicted codebook: those before it are known, those after it
@@ -86,14 +86,13 @@ def draw_level_masks(
       examples: number of each example in the run, uint32 `[B]`.
 
     Returns:
-      The mask, bool `[B, C, T]`, and the levels among the predicted codebooks, int32 `[B]`.
+      bool `[B, C, T]`, True = masked.
     """
-    given = config.n_conditioning_codebooks
-    levels = (examples % jnp.uint32(config.n_predicted_codebooks)).astype(jnp.int32)
+    turn = (examples % jnp.uint32(config.n_predicted_codebooks)).astype(jnp.int32)
+    level = (config.n_conditioning_codebooks + turn)[:, None, None]
     codebooks = jnp.arange(config.n_codebooks)[None, :, None]
-    level = (given + levels)[:, None, None]
     own = draw_masks(keys, ratios, n_frames, config) & (codebooks == level)
-    return own | (codebooks > level), levels
+    return own | (codebooks > level)
 
 
 def masked_sums(
@@ -102,7 +101,6 @@ def masked_sums(
     mask: jax.Array,
     config: ModelConfig,
     *,
-    levels: jax.Array | None = None,
     label_smoothing: float = 0.0,
     dropout_key: jax.Array | None = None,
     place: Callable[[jax.Array], jax.Array] = lambda x: x,
@@ -119,8 +117,6 @@ def masked_sums(
       tokens: int32 `[B, C, T]`, the truth.
       mask: bool `[B, C, T]`, True = hidden from the model and scored.
       config: the model's dimensions.
-      levels: int32 `[B]`, of the predicted codebooks the one that is scored; None scores all. The
-        head then computes no other logits.
       label_smoothing: share ε of the target spread evenly over the V codes.
       dropout_key: switches dropout on; one key, or one per example.
       place: says where activations lie; gets arrays `[B, …]`.
@@ -137,19 +133,10 @@ def masked_sums(
     given = config.n_conditioning_codebooks
     target = jnp.swapaxes(tokens[:, given:], 1, 2)  # [B, T, Cp]
     scored = jnp.swapaxes(mask[:, given:], 1, 2)
-    if levels is not None:
-        target, scored = (
-            jnp.take_along_axis(x, levels[:, None, None], axis=2) for x in (target, scored)
-        )
-
-    def head(x: jax.Array) -> jax.Array:  # [B, T, D] → [B, T, Cp or 1, V]
-        if levels is None:
-            return frame_logits(params, x, config)
-        return jax.vmap(lambda x, level: frame_logits(params, x[None], config, level)[0])(x, levels)
 
     def sums_of(frames: tuple[jax.Array, jax.Array, jax.Array]) -> Sums:
         x, target, scored = frames
-        logits = head(place(x))
+        logits = frame_logits(params, place(x), config)
         return _sums(logits, target, scored.astype(jnp.float32), label_smoothing)
 
     batch, n_frames, n_predicted = target.shape

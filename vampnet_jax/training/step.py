@@ -174,12 +174,12 @@ def train_step(
         jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
         for key in (mask_key, dropout_key)
     )
-    mask, levels = draw_masks(mask_keys, ratios, n_frames, config.model), None
+    mask = draw_masks(mask_keys, ratios, n_frames, config.model)
     if config.level_masks:
-        by_level, levels = draw_level_masks(mask_keys, ratios, n_frames, config.model, examples)
+        by_level = draw_level_masks(mask_keys, ratios, n_frames, config.model, examples)
         chosen = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(mask_keys)
         mask = jnp.where((chosen < config.level_masks)[:, None, None], by_level, mask)
-    gradient, sums = _gradient(state, (tokens, mask, levels, dropout_keys), config, layout)
+    gradient, sums = _gradient(state, (tokens, mask, dropout_keys), config, layout)
     metrics = metrics_by_ratio(sums, ratios)
     rate = schedule(config)(state.step, done)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and step counts
@@ -214,37 +214,31 @@ def train_step(
 
 def _gradient(
     state: TrainState,
-    batch: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array],
+    batch: tuple[jax.Array, jax.Array, jax.Array],
     config: TrainConfig,
     layout: Layout | None,
 ) -> tuple[Params, Sums]:
-    """Gradient of the mean loss over all scored tokens of the batch, and sums by example.
+    """Gradient of the mean loss over all masked tokens of the batch, and sums by example.
 
-    The batch is tokens, mask, levels or None, and dropout keys.
+    The batch is tokens, mask and dropout keys.
 
     With accumulation the batch is gone through in parts. Every part is divided by the number of
     masked tokens of the whole batch, so that the parts add up to the whole's gradient.
     """
-    _, mask, levels, _ = batch
-    scored = mask
-    if levels is not None:
-        own = config.model.n_conditioning_codebooks + levels
-        scored = jnp.take_along_axis(mask, own[:, None, None], axis=1)
-    n_scored = jnp.maximum(jnp.sum(scored, dtype=jnp.float32), 1.0)
+    n_masked = jnp.maximum(jnp.sum(batch[1], dtype=jnp.float32), 1.0)
 
-    def loss_of(params: Params, tokens, mask, levels, keys):
+    def loss_of(params: Params, tokens: jax.Array, mask: jax.Array, keys: jax.Array):
         sums = masked_sums(
             full_params(params, state, config),
             tokens,
             mask,
             config.model,
-            levels=levels,
             label_smoothing=config.label_smoothing,
             dropout_key=keys if config.model.dropout else None,
             place=layout.split_batch if layout else lambda x: x,
             shards=layout.batch_shards if layout else 1,
         )
-        return jnp.sum(sums.loss) / n_scored, sums
+        return jnp.sum(sums.loss) / n_masked, sums
 
     gradient_of = jax.grad(loss_of, has_aux=True)
     if config.accumulate == 1:
