@@ -7,7 +7,6 @@ the notes that the coarse tokens tell out of fine tokens that fit badly.
 """
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -119,7 +118,7 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, spent = state["ema"], state["step"], state["spent"]
-    replica = copy.deepcopy(decoder)
+    replica = dac.DAC(**CONFIG).decoder
     for parameter, own in zip(replica.parameters(), trained, strict=True):
         parameter.data = own.data
     mel, notes = MelDistance(SCALES), Notes(8192, HOP)
