@@ -205,9 +205,10 @@ def test_splits_come_from_a_file_by_name(music, tmp_path):
     files = find_audio([music])
     split = tmp_path / "split.json"
     split.write_text(json.dumps({"train": ["piano/one"], "test": ["band/three", "gone/song"]}))
-    named, left_out = assign_splits(files, split)
+    named, left_out, missing = assign_splits(files, split)
     assert {file.name: file.split for file in named} == {"piano/one": "train", "band/three": "test"}
     assert left_out == ["piano/deep/two"]
+    assert missing == ["gone/song"]
     for content, words in (
         ({"train": ["piano/one"], "test": ["piano/one"]}, "twice"),
         ({"holdout": ["piano/one"]}, "'holdout'"),

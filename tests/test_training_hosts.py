@@ -37,11 +37,12 @@ def in_two_processes(run: Path, *options: str) -> str:
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory) -> Path:
-    """A run of two steps on two devices that two processes continued to step 4."""
+    """A run of two steps on eight devices that two processes of four continued to step 4."""
     folder = tmp_path_factory.mktemp("moved")
     tokens, run = folder / "tokens", folder / "run"
     write_folder(tokens, [60, 60, 200, 500, 90])
-    assert train([str(tokens), "--out", str(run), "--steps=2", "--mesh=fsdp=2", *SETTINGS]) == 0
+    begin = [str(tokens), "--out", str(run), "--steps=2", "--mesh=fsdp=8", *SETTINGS]
+    assert "finished after step 2" in simulated.finish(simulated.start(8, *begin, script=TRAIN))
     said = in_two_processes(run, "--steps=4")
     assert "from step 2" in said
     assert "finished after step 4" in said

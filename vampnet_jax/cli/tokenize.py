@@ -64,9 +64,13 @@ def main(argv: list[str] | None = None) -> int:
         host = hosts.parse_host(options.shard, os.environ) if options.shard else None
     files = audio_files.find_audio(inputs)
     if options.split_file:
-        files, left_out = audio_files.assign_splits(files, options.split_file)
+        files, left_out, missing = audio_files.assign_splits(files, options.split_file)
         if left_out:
-            console.print(f"{len(left_out)} files are in no split: left out")
+            text = f"{len(left_out)} files are in no split: left out, for example {left_out[0]}"
+            console.print(text, markup=False, highlight=False)
+        if missing:
+            text = f"{len(missing)} names of the split file have no file, for example {missing[0]}"
+            console.print(text, markup=False, highlight=False)
     elif options.split:
         files = [dataclasses.replace(file, split=options.split) for file in files]
     load = functools.partial(_load_codec, options.model, options.codec)

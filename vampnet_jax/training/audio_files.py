@@ -67,11 +67,12 @@ def _is_visible(file: Path, folder: Path) -> bool:
 
 def assign_splits(
     files: Sequence[AudioFile], split_file: Path
-) -> tuple[list[AudioFile], list[str]]:
+) -> tuple[list[AudioFile], list[str], list[str]]:
     """Give each file its split from a JSON file `{"train": [names], "validation": …, "test": …}`.
 
     Returns:
-      The files that the JSON names, and the names of the others, which are left out.
+      The files that the JSON names, the names of the others, which are left out, and the names in
+      the JSON that no file has.
 
     Raises:
       InputError: the file cannot be read, or names no file or one twice.
@@ -92,4 +93,6 @@ def assign_splits(
         raise InputError(
             f"{split_file} names none of the {len(files)} tracks, for example {files[0].name!r}."
         )
-    return named, [file.name for file in files if file.name not in splits]
+    names = {file.name for file in files}
+    left_out = [file.name for file in files if file.name not in splits]
+    return named, left_out, [name for name in splits if name not in names]
