@@ -78,9 +78,10 @@ def measure(bench: Bench, on_progress: Callable[[str, int, int], None]) -> Measu
             (REFERENCE, REFERENCE, functools.partial(_of_reference, bench, others)),
             (TOKENS, TOKENS, functools.partial(_of_tokens, bench, originals)),
         ]
-        for condition in bench.conditions:
-            rows_of = functools.partial(_of_condition, bench, condition, originals)
-            work.append((condition.slug, condition.name, rows_of))
+        work += [
+            (c.slug, c.name, functools.partial(_of_condition, bench, c, originals))
+            for c in bench.conditions
+        ]
         for slug, name, rows_of in work:
             path = bench.folder / "measurements" / f"{slug}-{number:04d}.npz"
             parts.setdefault(slug, []).append(_kept(path, rows_of))

@@ -20,10 +20,16 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     difference = a.mean(0) - b.mean(0)
     # Of centred rows A and B, Σa = AᵀA and Σb = BᵀB, the root's trace is the nuclear norm of ABᵀ.
     # Triangles have the same, and min(N, d) rows.
-    left, right = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), "r") for x in (a, b))
+    left, right = _triangle(a), _triangle(b)
     cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
     spread = np.square(left).sum() + np.square(right).sum()
     return float(max(0.0, difference @ difference + spread - 2 * cross))
+
+
+def _triangle(embeddings: np.ndarray) -> np.ndarray:
+    """R, so that RᵀR is the covariance of the rows."""
+    centred = (embeddings - embeddings.mean(0)) / np.sqrt(len(embeddings) - 1)
+    return np.asarray(np.linalg.qr(centred, mode="r"))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None) -> float:
