@@ -218,7 +218,7 @@ def test_unknown_topologies_and_a_missing_compiler_are_one_sentence(monkeypatch)
     with pytest.raises(InputError, match="'v9:4x4'; choose v5e, v5p, v6e"):
         pod_check.devices_of("v9:4x4")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'vampnet-jax\[tpu\]'"):
+    with pytest.raises(InputError, match=r"install vampnet-jax\[tpu\]"):
         pod_check.devices_of("v5e:4x4")
 
 

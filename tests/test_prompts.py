@@ -154,8 +154,8 @@ def test_mask_works_under_jit_and_vmap():
     ],
 )
 def test_presets_are_the_originals(name, period, first):
-    assert (preset(name).periodic, preset(name).upper_codebooks) == (period, first)
-    mask = mask_of(preset(name))
+    assert (PRESETS[name].periodic, PRESETS[name].upper_codebooks) == (period, first)
+    mask = mask_of(PRESETS[name])
     assert mask[first:].all()
     assert mask[:first].any()  # none of them copies the input
     assert mask[:first].all() == (name == "unconditional")
@@ -201,7 +201,7 @@ def test_spans_must_lie_inside_the_clip():
 
 def test_unknown_presets_are_refused_with_the_choice():
     with pytest.raises(InputError, match="small-variation"):
-        preset("tiny-variation")
+        preset("tiny-variation", PRESETS)
 
 
 def test_seconds_round_up_to_frames():

@@ -15,6 +15,7 @@ from small_models import random_model
 import vampnet_jax as vampnet
 from codec_bridge.errors import InputError
 from vampnet_jax import lora, release
+from vampnet_jax.prompts import PRESETS, Prompt
 from vampnet_jax.sampling import SamplingOptions
 
 
@@ -92,6 +93,35 @@ def test_how_a_model_is_best_sampled_is_kept_and_used(model, tmp_path):
     want = vampnet.vamp(model, *arguments, options["coarse_sampling"], options["fine_sampling"])
     np.testing.assert_array_equal(got, want)
     assert (got != vampnet.vamp(model, *arguments)).any()
+
+
+def test_presets_of_a_model_are_kept_and_used(model, tmp_path):
+    own = {
+        "small-variation": Prompt(periodic=4, width=3, upper_codebooks=8),
+        "a-bar": Prompt(regions=((0.5, 1.0),)),
+    }
+    vampnet.save(dataclasses.replace(model, presets=model.presets | own), tmp_path / "model")
+    loaded = vampnet.load(tmp_path / "model")
+    assert loaded.presets == PRESETS | own
+    assert vampnet.load().presets["medium-variation"] != PRESETS["medium-variation"]
+    written = json.loads((tmp_path / "model" / "config.json").read_text())["presets"]
+    assert written["small-variation"] == {"periodic": 4, "width": 3, "upper_codebooks": 8}
+
+
+@pytest.mark.parametrize(
+    ("presets", "words"),
+    [
+        ({"mine": {"periodic": -1}}, "periodic is -1"),
+        ({"mine": {"often": 3}}, "does not describe a model"),
+        (["mine"], "does not describe a model"),
+        ({"mine": 3}, "does not describe a model"),
+    ],
+)
+def test_impossible_presets_of_a_model_are_refused(saved, presets, words):
+    description = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(description | {"presets": presets}))
+    with pytest.raises(InputError, match=words):
+        vampnet.load(saved)
 
 
 def test_impossible_sampling_options_of_a_model_are_refused(saved):

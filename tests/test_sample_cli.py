@@ -18,7 +18,7 @@ from small_models import random_model
 
 import vampnet_jax as vampnet
 from vampnet_jax import cli, figures, pipeline, tokens
-from vampnet_jax.cli.sample_options import parse, prompt_of
+from vampnet_jax.cli.sample_options import parse, prompt_of, with_defaults_of
 from vampnet_jax.prompts import Prompt
 from vampnet_jax.vamping import vamp
 
@@ -444,8 +444,28 @@ def test_unconditional_keeps_nothing_and_refinements_keep_the_default_preset(
          Prompt(periodic=13, dropout=0.0, upper_codebooks=0)),
     ],
 )  # fmt: skip
-def test_zero_is_not_the_same_as_nothing_given(arguments, prompt):
-    assert prompt_of(parse(["clip.wav", *arguments])) == prompt
+def test_zero_is_not_the_same_as_nothing_given(folder, arguments, prompt):
+    options = with_defaults_of(folder / "model", parse(["clip.wav", *arguments]))
+    assert prompt_of(options) == prompt
+
+
+def test_a_model_may_have_presets_of_its_own(sample, folder, without_pictures):
+    model = vampnet.load(folder / "model")
+    own = Prompt(periodic=4, width=3, regions=((0.1, 0.3),))
+    presets = model.presets | {"medium-variation": own}
+    vampnet.save(dataclasses.replace(model, presets=presets), "mine")
+    code, out, _ = sample(folder / "clip.wav", model=Path("mine").absolute())
+    assert code == 0
+    assert own.describe() in out
+    record = json.loads(Path("vamped/clip_1.json").read_text())
+    assert (record["prompt"]["periodic"], record["prompt"]["width"]) == (4, 3)
+    # The record says what the preset was, so that it can be repeated after it has changed.
+    again = ["--from-params", "vamped/clip_1.json", "--model", folder / "model", "-o", "again"]
+    assert sample(*again, model=None, quick=False)[0] == 0
+    repeated = json.loads(Path("again/clip_1.json").read_text())
+    assert repeated["prompt"] == record["prompt"]
+    none_kept = ["--preset", "medium-variation", "--periodic", "0", "-o", "none"]
+    assert sample(folder / "clip.wav", *none_kept, model=Path("mine").absolute())[0] == 0
 
 
 def test_device(sample, folder, without_pictures):

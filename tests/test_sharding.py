@@ -162,7 +162,7 @@ def test_a_process_reads_its_part_of_the_batch_or_all_if_its_rows_are_none(
 @pytest.mark.parametrize(
     ("mesh", "batch", "words"),
     [
-        ("data=3", 24, "mesh has data=3, which does not divide the 8 devices"),
+        ("data=3", 24, "mesh has data=3, which does not divide the number of devices, 8"),
         ("data=16,fsdp=1,tensor=1", 16, "needs 16 devices; there are 8"),
         ("tensor=4", 8, "2 heads; choose one of 1, 2"),
         ("model=2", 8, "'model=2'"),

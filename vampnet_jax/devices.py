@@ -33,9 +33,8 @@ def select(device: Device) -> list[jax.Device]:
         found = jax.devices(device)
     except RuntimeError:
         raise InputError(
-            f"device is {device!r}, but JAX finds no {device.upper()} here; install the extra for "
-            f"it (pip install 'vampnet-jax[{'cuda' if device == 'gpu' else device}]') or choose "
-            "'cpu'."
+            f"device is {device!r}, but JAX finds no {device.upper()} here; install "
+            f"vampnet-jax[{'cuda' if device == 'gpu' else device}] or choose 'cpu'."
         ) from None
     jax.config.update("jax_default_device", found[0])
     return found

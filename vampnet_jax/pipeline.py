@@ -16,7 +16,7 @@ from codec_bridge import audio as signal
 from codec_bridge.audio import Audio
 from codec_bridge.errors import InputError
 from vampnet_jax import masks
-from vampnet_jax.prompts import DEFAULT_PRESET, PRESETS, Prompt, frames
+from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, frames
 from vampnet_jax.release import Model
 from vampnet_jax.rhythm import Rhythm
 from vampnet_jax.sampling import SamplingOptions
@@ -96,7 +96,7 @@ class Variations:
 def vamp_audio(
     model: Model,
     audio: Audio,
-    prompt: Prompt = PRESETS[DEFAULT_PRESET],
+    prompt: Prompt | None = None,
     *,
     seed: int,
     n_variations: int = 1,
@@ -116,7 +116,7 @@ def vamp_audio(
     Args:
       model: as `vampnet_jax.load` returns.
       audio: as `codec_bridge.audio.read` returns.
-      prompt: what to keep of it.
+      prompt: what to keep of it; None is the model's preset medium-variation.
       seed: 0 to 2³²−1. Variation k depends on the seed and on k, not on how many there are.
       n_variations: N, made as one batch.
       coarse, fine: how to sample; None is as the model is best sampled.
@@ -133,6 +133,8 @@ def vamp_audio(
     Raises:
       InputError: audio or options that do not work.
     """
+    if prompt is None:
+        prompt = model.presets[DEFAULT_PRESET]
     clip = encode(model, audio, stereo=stereo, pitch=pitch, on_progress=on_progress)
     made = generate(
         model, clip, prompt, seed=seed, n_variations=n_variations, coarse=coarse, fine=fine,

@@ -7,6 +7,7 @@ widths are frames in both. Source: VampNet, sections 3.2 and 4, and the presets 
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -195,11 +196,11 @@ class Prompt:
         return mask
 
 
-def preset(name: str) -> Prompt:
-    """A prompt of `PRESETS` by name; InputError if there is none."""
-    if name not in PRESETS:
-        raise InputError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+def preset(name: str, presets: Mapping[str, Prompt]) -> Prompt:
+    """A prompt by name, of those of a model; InputError if there is none."""
+    if name not in presets:
+        raise InputError(f"there is no preset {name!r}; choose one of {', '.join(presets)}.")
+    return presets[name]
 
 
 def frames(seconds: float, frame_rate: float) -> int:
@@ -231,6 +232,6 @@ PRESETS: dict[str, Prompt] = {
     "beat-large-variation": Prompt(periodic=0, beat=0.08, upper_codebooks=4),
     "unconditional": Prompt(periodic=0, upper_codebooks=1),
 }
-"""Prompts by name, as in the original's app."""
+"""Prompts by name, as in the original's app; a model may have others of the same names."""
 
 DEFAULT_PRESET = "medium-variation"

@@ -1,7 +1,7 @@
 """`load` and `save`: a model as a directory that can be handed on.
 
-config.json           dimensions of both models, their windows, how they are best sampled, the
-                      codec's fingerprint
+config.json           dimensions of both models, their windows, how they are best sampled, presets
+                      of their own, the codec's fingerprint
 coarse.safetensors    parameters, float32 or bfloat16; names are paths such as `blocks/query`;
 fine.safetensors      their fingerprint is in the metadata
 codec.safetensors     the codec, with its kind and dimensions
@@ -30,6 +30,7 @@ from codec_bridge.hashes import fingerprint
 from vampnet_jax import lora
 from vampnet_jax import model as network
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.prompts import PRESETS, Prompt
 from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, SamplingOptions
 
 FORMAT_VERSION = 1
@@ -61,6 +62,8 @@ class Model:
     """How to sample the coarse model unless something else is asked for."""
     fine_sampling: SamplingOptions = FINE_DEFAULTS
     """The same for the fine model."""
+    presets: Mapping[str, Prompt] = dataclasses.field(default_factory=lambda: PRESETS)
+    """Prompts by name."""
     name: str = "unnamed"
     card: str = ""
     """The model card, Markdown."""
@@ -129,6 +132,7 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
         fine_window=description["fine"]["window"],
         coarse_sampling=sampling_defaults(description, "coarse"),
         fine_sampling=sampling_defaults(description, "fine"),
+        presets=presets(description),
         name=description["name"],
         card=card,
     )
@@ -167,8 +171,8 @@ def resolve(name_or_directory: str | os.PathLike) -> Path:
     directory = Path(name_or_directory)
     if not directory.is_dir():
         raise InputError(
-            f"there is no model {str(name_or_directory)!r}; give a model directory or one of: "
-            f"{', '.join(available_models())}."
+            f"there is no model {str(name_or_directory)!r}; give one in the box "
+            f"({', '.join(available_models())}), official, or a model directory."
         )
     return directory
 
@@ -257,6 +261,11 @@ def _write(
         _save_stage(stage, directory / f"{name}.safetensors", dtype)
         if name in adapters:
             lora.save(directory / f"{name}.lora.safetensors", *adapters[name])
+    description["presets"] = {
+        name: _differences(prompt)
+        for name, prompt in model.presets.items()
+        if prompt != PRESETS.get(name)
+    }
     (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (directory / CARD).write_text(model.card, encoding="utf-8")
 
@@ -344,6 +353,21 @@ def sampling_defaults(description: dict[str, Any], name: str) -> SamplingOptions
     return dataclasses.replace(original, **description[name].get("sampling", {}))
 
 
+def presets(description: dict[str, Any]) -> dict[str, Prompt]:
+    """Prompts by name: the original's, and those that the model has instead of or besides them."""
+    own = {
+        name: Prompt(**values | {"regions": tuple(map(tuple, values.get("regions", ())))})
+        for name, values in description.get("presets", {}).items()
+    }
+    return PRESETS | own
+
+
+def _differences(prompt: Prompt) -> dict[str, Any]:
+    """The options of a prompt that differ from those of one that keeps nothing."""
+    nothing = dataclasses.asdict(Prompt())
+    return {k: v for k, v in dataclasses.asdict(prompt).items() if v != nothing[k]}
+
+
 def read_description(directory: Path) -> dict[str, Any]:
     """The checked content of config.json."""
     path = _existing(directory, "config.json")
@@ -365,7 +389,8 @@ def read_description(directory: Path) -> dict[str, Any]:
             if not isinstance(window, int) or window < 1:
                 raise TypeError(f"{name}.window is {window!r}")
             sampling_defaults(description, name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        presets(description)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} does not describe a model ({error}).") from None

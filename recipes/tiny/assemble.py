@@ -16,7 +16,9 @@ import soundfile
 
 import codec_bridge
 from codec_bridge.atomic import atomic_write
+from vampnet_jax import prompts
 from vampnet_jax.compression.frequencies import FREQUENCIES
+from vampnet_jax.prompts import Prompt
 from vampnet_jax.release import Model, Stage, load, save
 from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.training.checkpoints import load_run, read_run
@@ -24,6 +26,15 @@ from vampnet_jax.training.checkpoints import load_run, read_run
 # As choose_sampling.py measured on the validation split.
 COARSE_SAMPLING = SamplingOptions(steps=24)
 FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, sample_cutoff=0.0)
+# As choose_presets.py measured there: frames keep all 16 codebooks, or the notes are lost.
+PRESETS = {
+    "small-variation": Prompt(periodic=4, width=3, upper_codebooks=16),
+    "medium-variation": Prompt(periodic=6, width=3, upper_codebooks=16),
+    "large-variation": Prompt(periodic=9, width=3, dropout=0.2, upper_codebooks=16),
+    "beat-small-variation": Prompt(periodic=6, width=3, beat=0.12, upper_codebooks=16),
+    "beat-medium-variation": Prompt(periodic=9, width=3, beat=0.12, upper_codebooks=16),
+    "beat-large-variation": Prompt(beat=0.2, upper_codebooks=16),
+}
 FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")
 
 
@@ -63,6 +74,7 @@ def main() -> None:
         fine_window=round(read_run(a.fine)[0].window_seconds * codec.frame_rate),
         coarse_sampling=COARSE_SAMPLING,
         fine_sampling=FINE_SAMPLING,
+        presets=prompts.PRESETS | PRESETS,
         name=a.name,
     )
     a.out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
 from vampnet_jax.evaluation.distances import mel_distance
-from vampnet_jax.prompts import preset
 from vampnet_jax.sampling import SamplingOptions
 
 OFF = {"typical_mass": None}
@@ -72,7 +71,7 @@ def main() -> None:
         rows = []
         for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
             key = jax.random.fold_in(jax.random.key(a.seed), number)
-            mask = preset(a.preset).mask(known.shape, key, frame_rate=frame_rate)
+            mask = model.presets[a.preset].mask(known.shape, key, frame_rate=frame_rate)
             made = vampnet.vamp(
                 model, known, mask, key,
                 SamplingOptions(**{"steps": a.steps, **coarse}),

@@ -13,7 +13,6 @@ from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
 from vampnet_jax.evaluation.distances import mel_distance
-from vampnet_jax.prompts import preset
 from vampnet_jax.release import Model, Stage
 from vampnet_jax.training.excerpts import choose_tracks, long_enough
 from vampnet_jax.training.tokens import TrackReader, read_manifest
@@ -91,7 +90,7 @@ def measure_variations(
         for name in ("small-variation", "medium-variation", "large-variation"):
             key = jax.random.fold_in(jax.random.key(seed), number)
             frame_rate = codec.sample_rate / codec.hop_length
-            mask = preset(name).mask(tokens.shape, key, frame_rate=frame_rate)
+            mask = model.presets[name].mask(tokens.shape, key, frame_rate=frame_rate)
             made[name] = vampnet.vamp(model, tokens, mask, key)
             if name == "medium-variation":
                 held, mask = hold(

@@ -1,6 +1,7 @@
 """The options of `vampnet sample`, and what they mean to the library."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from vampnet_jax import pipeline
 from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.pipeline import Edit
 from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, preset
+from vampnet_jax.release import presets as presets_of
 from vampnet_jax.release import read_description, sampling_defaults
 from vampnet_jax.sampling import SamplingOptions
 
@@ -33,7 +35,8 @@ KEEPING = {
 class Options:
     """Make variations of music: what the prompt keeps stays, everything else is generated anew.
 
-    Without a prompt option the preset medium-variation is used.
+    Without a prompt option the preset medium-variation is used. What a preset keeps may differ from
+    model to model; the record beside each result says it.
     """
 
     input: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT...")] = ()
@@ -185,9 +188,12 @@ def as_arguments(values: dict[str, Any]) -> list[str]:
 
 
 def with_defaults_of(model: Path, options: Options) -> Options:
-    """The options with everything about sampling filled in as that model is best sampled."""
+    """The options with everything filled in that depends on the model.
+
+    That is the prompt, if a preset says it, and how the model is best sampled.
+    """
     description = read_description(model)
-    values: dict[str, Any] = {}
+    values = _of_preset(options, presets_of(description))
     for stage, prefix in (("coarse", ""), ("fine", "fine_")):
         own = sampling_defaults(description, stage)
         if getattr(options, f"{prefix}steps") is not None:
@@ -220,8 +226,29 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
         raise InputError(f"--{flag} is {text!r}; write whole numbers as 12,4,2,2.") from None
 
 
-def prompt_of(options: Options) -> Prompt:
-    """The prompt that the options ask for; the default preset if they ask for none."""
+def _of_preset(options: Options, presets: Mapping[str, Prompt]) -> dict[str, Any]:
+    """The preset in options: that asked for, or what the prompt is if nothing is said of it."""
+    given = _prompt_options(options)
+    if options.seconds is not None:
+        return {}
+    if options.preset is not None:
+        base = preset(options.preset, presets)
+    elif options.mask is not None or given.keys() & KEEPING:
+        return {}
+    elif options.extend or options.stretch > 1:
+        base = Prompt(periodic=1)  # what there is stays
+    else:
+        base = preset(DEFAULT_PRESET, presets)
+    if given.get("periodic") == 0:
+        base = dataclasses.replace(base, periodic=0, width=1, offset=None)
+    said = {k: v for k, v in dataclasses.asdict(base).items() if k not in given}
+    if said.pop("regions", ()):
+        said["region"] = tuple(f"{start}:{stop}" for start, stop in base.regions)
+    return said | {"preset": None}
+
+
+def _prompt_options(options: Options) -> dict[str, Any]:
+    """What of a `Prompt` is given."""
     given = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(Prompt)
@@ -229,16 +256,13 @@ def prompt_of(options: Options) -> Prompt:
     }
     if options.region:
         given["regions"] = tuple(_span(text) for text in options.region)
-    if options.preset is not None:
-        base = preset(options.preset)
-    elif options.seconds is not None or options.mask is not None or given.keys() & KEEPING:
-        base = Prompt()
-    elif options.extend or options.stretch > 1:
-        base = Prompt(periodic=1)  # what there is stays
-    else:
-        base = preset(DEFAULT_PRESET)
+    return given
+
+
+def prompt_of(options: Options) -> Prompt:
+    """The prompt that the options ask for, of options with defaults filled in."""
     with named_as_options(ARGUMENTS):
-        return dataclasses.replace(base, **given)
+        return Prompt(**_prompt_options(options))
 
 
 def _left_out(value: object) -> bool:

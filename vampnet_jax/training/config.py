@@ -13,7 +13,7 @@ Stage = Literal["coarse", "fine"]
 Preset = Literal["tiny", "small", "base", "coarse", "fine"]
 ScheduleName = Literal["noam", "cosine", "constant"]
 SourceWeights = tuple[tuple[str, float], ...]
-NO_END = "Training would never end: give a number of steps, of minutes, or both."
+NO_END = "Training would never end: give steps, minutes or both."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
     if kind not in CHIPS:
         raise InputError(f"topology is {topology!r}; choose {', '.join(CHIPS)}, such as v5e:16x16.")
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("Compiling for a TPU needs its compiler; pip install 'vampnet-jax[tpu]'.")
+        raise InputError("Compiling for a TPU needs its compiler; install vampnet-jax[tpu].")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine's own TPU is not asked for
     from jax.experimental import topologies
 

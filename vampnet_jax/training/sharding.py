@@ -186,7 +186,9 @@ def plan(
         known = math.prod(sizes.values())
         if len(devices) % known:
             given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-            raise InputError(f"mesh has {given}, which does not divide the {len(devices)} devices.")
+            raise InputError(
+                f"mesh has {given}, which does not divide the number of devices, {len(devices)}."
+            )
         rest = len(devices) // known
         if "fsdp" not in sizes:
             sizes["fsdp"] = rest if "data" in sizes else math.gcd(rest, model.embedding_dim)
