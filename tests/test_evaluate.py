@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -160,6 +161,7 @@ def test_a_model_that_is_best_sampled_codebook_by_codebook_can_be_resumed(music,
         (Condition("own", "x", "codec", codebooks=9), "own, x: codebooks is 9; the model has 8"),
         (Condition("own", "x", "compress", period=256), "period is 256"),
         (Condition("own", "x", prompt=Prompt(prefix=2.0)), "prefix is 2 s but the clip lasts"),
+        (Condition("own", "x", prompt=Prompt(prefix=0.5, suffix=0.5)), "keep all of the excerpts"),
         (Condition("own", "x", sampling=(("codebook_steps", (1,)),)), "codebook_steps has 1"),
     ],
 )
@@ -169,6 +171,27 @@ def test_what_does_not_fit_is_refused_before_the_work(music, tmp_path, condition
             Compressor(random_model(random_codec())), music, tmp_path / "out", [condition],
             n_excerpts=2, seconds=1.0,
         )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_kept_measurements_of_another_version_are_not_continued(music, tmp_path, monkeypatch):
+    compressor = Compressor(random_model(random_codec()))
+    options = {"n_excerpts": 2, "seconds": 0.5, "n_listen": 0}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".left-by-a-kill").touch()  # is no reason to refuse the folder
+    evaluate(compressor, music, tmp_path / "out", CONDITIONS[:1], **options)
+    monkeypatch.setattr("vampnet_jax.evaluation.run.MEASURES", 99)
+    with pytest.raises(InputError, match="with other measures"):
+        evaluate(compressor, music, tmp_path / "out", CONDITIONS[:1], **options)
+
+
+def test_an_embedding_that_is_not_installed_is_refused_before_the_work(
+    music, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "torchcrepe", None)
+    compressor = Compressor(random_model(random_codec()))
+    with pytest.raises(InputError, match="needs torchcrepe"):
+        evaluate(compressor, music, tmp_path / "out", CONDITIONS, embeddings=("crepe-tiny",))
     assert not (tmp_path / "out").exists()
 
 
@@ -225,6 +248,8 @@ def test_own_experiments_are_read_from_yaml(tmp_path):
         ("experiments: {a: [{name: x, peridoic: 3}]}", "has no option 'peridoic'"),
         ("experiments: {a: [{name: x, kind: opus, period: 3}]}", "has no option 'period'"),
         ("experiments: {a: [{name: x, periodic: -1}]}", "must be at least 0"),
+        ("experiments: {a: [{name: x, periodic: 2.5}]}", "periodic is 2.5; it must be a whole"),
+        ("experiments: {a: [{name: x, prefix: long}]}", "prefix is 'long'; it must be a number"),
         ("experiments: {a: [{name: x, steps: many}]}", "steps is 'many'; it must be a number"),
         ("experiments: {a: [{name: x, steps: 0}]}", "must be a whole number of at least 1"),
         ("experiments: {a: [{name: x, kind: compress, codebooks: 0}]}", "must be at least 1"),

@@ -138,7 +138,7 @@ def test_what_does_not_belong_together_is_one_sentence(folder, tmp_path, capsys)
     refuses("train", [*new, "--lora-from", model, "--preset=coarse"], "leave --preset out")
     refuses("train", [*new, "--lora-from", model, "--n-layers=7"], "--n-layers 2")
     refuses("train", [*new, "--lora-from", model, "--lora-rank=0"], "LoRA rank is 0")
-    refuses("train", [*new[:-1], "--lora-from", model], "number of steps, of minutes, or both")
+    refuses("train", [*new[:-1], "--lora-from", model], "give steps, minutes or both")
     refuses(
         "train", [*new, "--window-seconds=0.3", "--source-weight", "jazz=2"], "no source 'jazz'"
     )

@@ -111,7 +111,10 @@ def test_presets_of_a_model_are_kept_and_used(model, tmp_path):
 @pytest.mark.parametrize(
     ("presets", "words"),
     [
-        ({"mine": {"periodic": -1}}, "periodic is -1"),
+        ({"mine": {"periodic": -1}}, r"config.json does not describe a model \(periodic is -1"),
+        ({"mine": {"periodic": 7.5}}, "periodic is 7.5; it must be a whole number"),
+        ({"mine": {"beat_downbeats": 1}}, "beat_downbeats is 1; it must be true or false"),
+        ({"mine": {"regions": [[1]]}}, "regions is .*; it must be pairs of numbers"),
         ({"mine": {"often": 3}}, "does not describe a model"),
         (["mine"], "does not describe a model"),
         ({"mine": 3}, "does not describe a model"),

@@ -19,7 +19,7 @@ from small_models import random_model
 import vampnet_jax as vampnet
 from vampnet_jax import cli, figures, pipeline, tokens
 from vampnet_jax.cli.sample_options import parse, prompt_of, with_defaults_of
-from vampnet_jax.prompts import Prompt
+from vampnet_jax.prompts import PRESETS, Prompt
 from vampnet_jax.vamping import vamp
 
 RATE = 8000
@@ -464,8 +464,42 @@ def test_a_model_may_have_presets_of_its_own(sample, folder, without_pictures):
     assert sample(*again, model=None, quick=False)[0] == 0
     repeated = json.loads(Path("again/clip_1.json").read_text())
     assert repeated["prompt"] == record["prompt"]
-    none_kept = ["--preset", "medium-variation", "--periodic", "0", "-o", "none"]
-    assert sample(folder / "clip.wav", *none_kept, model=Path("mine").absolute())[0] == 0
+    same = Path("vamped/clip_1.wav").read_bytes()
+    assert Path("again/clip_1.wav").read_bytes() == same
+
+
+@pytest.mark.parametrize("options", [["--periodic", "0"], ["--beat", "0"]])
+def test_what_only_refines_a_preset_goes_with_it(folder, options):
+    presets = PRESETS | {
+        "medium-variation": Prompt(periodic=4, width=3, beat=0.1, beat_every=2, beat_dropout=0.1)
+    }
+    model = dataclasses.replace(vampnet.load(folder / "model"), presets=presets)
+    vampnet.save(model, "mine")
+    given = parse(["clip.wav", "--preset", "medium-variation", *options])
+    prompt = prompt_of(with_defaults_of(Path("mine"), given))
+    assert (prompt.periodic, prompt.width) == ((0, 1) if "--periodic" in options else (4, 3))
+    assert (prompt.beat, prompt.beat_every) == ((0, 1) if "--beat" in options else (0.1, 2))
+
+
+def test_a_preset_asks_for_no_more_codebooks_than_the_model_has(folder):
+    model = dataclasses.replace(
+        vampnet.load(folder / "model"), presets={"medium-variation": Prompt(upper_codebooks=99)}
+    )
+    vampnet.save(model, "mine")
+    options = with_defaults_of(Path("mine"), parse(["clip.wav"]))
+    assert prompt_of(options).upper_codebooks == 8
+
+
+def test_a_record_whose_options_mean_something_else_now_is_refused(
+    sample, folder, without_pictures
+):
+    assert sample(folder / "clip.wav")[0] == 0
+    record = json.loads(Path("vamped/clip_1.json").read_text())
+    record["prompt"]["periodic"] = 8
+    Path("vamped/clip_1.json").write_text(json.dumps(record))
+    again = ["--from-params", "vamped/clip_1.json", "-o", "again"]
+    result = sample(*again, model=None, quick=False)
+    refused(result, "understands its options otherwise (prompt)", Path("again"))
 
 
 def test_device(sample, folder, without_pictures):

@@ -7,7 +7,9 @@ widths are frames in both. Source: VampNet, sections 3.2 and 4, and the presets 
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from vampnet_jax import masks
 from vampnet_jax.rhythm import Rhythm, beat, choose_beats, find_beats, find_onsets, onset
 
 UPPER_CODEBOOKS = 4
-"""First codebook that sparse prompts leave to the model, as in the presets."""
+"""First codebook that sparse prompts leave to the model, as in the original's presets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +62,12 @@ class Prompt:
     keep_codebooks: int = 0
     """Keep all of the first n codebooks."""
     upper_codebooks: int | None = None
-    """Generate all of the codebooks from this one on. None: 4 (as the presets) with a period
-    above 1, random, onset or beat; otherwise kept time is kept in all codebooks."""
+    """Generate all of the codebooks from this one on. None: 4 (as in the original's presets) with a
+    period above 1, random, onset or beat; otherwise kept time is kept in all codebooks."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
         for name in ("periodic", "onset", "keep_codebooks", "upper_codebooks", "offset"):
             _at_least(name, getattr(self, name), 0)
         for name in ("prefix", "suffix", "beat", "beat_before"):
@@ -215,6 +219,23 @@ def _roll_per_pass(period: int) -> int:
     """
     steps = range(max(1, round(0.382 * period)), period + 1)
     return next(step for step in steps if math.gcd(step, period) == 1)
+
+
+def _check_type(field: dataclasses.Field, value: Any) -> None:
+    """Raise InputError if an option from a file is of another type than its field."""
+    if field.type is bool:
+        fits, sort = isinstance(value, bool), "true or false"
+    elif field.type in (int, int | None, float):
+        whole = field.type is not float
+        fits = isinstance(value, numbers.Integral if whole else numbers.Real)
+        fits = fits and not isinstance(value, bool)
+        sort = "a whole number" if whole else "a number"
+        fits = fits or (value is None and field.type == int | None)
+    else:  # spans
+        fits = all(len(x) == 2 and all(isinstance(t, numbers.Real) for t in x) for x in value)
+        sort = "pairs of numbers"
+    if not fits:
+        raise InputError(f"{field.name} is {value!r}; it must be {sort}.")
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:

@@ -355,10 +355,12 @@ def sampling_defaults(description: dict[str, Any], name: str) -> SamplingOptions
 
 def presets(description: dict[str, Any]) -> dict[str, Prompt]:
     """Prompts by name: the original's, and those that the model has instead of or besides them."""
-    own = {
-        name: Prompt(**values | {"regions": tuple(map(tuple, values.get("regions", ())))})
-        for name, values in description.get("presets", {}).items()
-    }
+    own = {}
+    for name, given in description.get("presets", {}).items():
+        values: dict[str, Any] = dict(given)
+        if "regions" in values:
+            values["regions"] = tuple(map(tuple, values["regions"]))
+        own[name] = Prompt(**values)
     return PRESETS | own
 
 
@@ -375,9 +377,8 @@ def read_description(directory: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format_version"]
         if version != FORMAT_VERSION:
-            raise InputError(
-                f"{path} has format {version!r}; this version reads {FORMAT_VERSION}, so "
-                "another version of vampnet-jax wrote it."
+            raise ValueError(
+                f"it has format {version!r}; this version of vampnet-jax reads {FORMAT_VERSION}"
             )
         if not isinstance(description["name"], str):
             raise TypeError("name is not a string")
@@ -391,9 +392,8 @@ def read_description(directory: Path) -> dict[str, Any]:
             sampling_defaults(description, name)
         presets(description)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} does not describe a model ({error}).") from None
+        reason = str(error).rstrip(".")
+        raise InputError(f"{path} does not describe a model ({reason}).") from None
     return description
 
 

@@ -261,7 +261,8 @@ class Codebooks:
 
     def log_shares(self, n: int) -> torch.Tensor:
         """[n, V] how often the codes of the first n codebooks were used of late."""
-        return (self.uses[:n] / self.uses[:n].sum(1, keepdim=True) + 1e-5).log()
+        uses = self.uses[:n]
+        return (uses / uses.sum(1, keepdim=True).clamp(min=1e-9) + 1e-5).log()
 
     @torch.no_grad()
     def centre(self, model: nn.Module, n: int) -> None:

@@ -157,6 +157,8 @@ class Record:
     """The same of the mask."""
     model: dict[str, str]
     """Its name, and the fingerprints of its weights."""
+    meant: dict[str, Any]
+    """What the options meant to the library: "prompt", "coarse" and "fine", where they are said."""
 
 
 def read_record(path: Path) -> Record:
@@ -186,7 +188,8 @@ def read_record(path: Path) -> Record:
         file = content[name]
         if file is not None and not all(isinstance(file.get(k), str) for k in ("path", "sha256")):
             raise InputError(f"{path} does not say which {name} it used.")
-    return Record(**{name: content[name] for name in fields})
+    meant = {name: content[name] for name in ("prompt", "coarse", "fine") if name in content}
+    return Record(**{name: content[name] for name in fields}, meant=meant)
 
 
 def recorded_file(record_path: Path, file: dict[str, str]) -> Path:

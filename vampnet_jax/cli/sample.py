@@ -6,6 +6,7 @@ written into a hidden folder beside its destination and moved there when a varia
 
 import dataclasses
 import functools
+import json
 import secrets
 import time
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
     if options.from_params is not None:
         options, record = _repeated(options)
     job = _checked(options)
+    if record is not None:
+        _check_meaning(job, record)
     results = Results(options.output, job.all_names(), overwrite=options.overwrite)
     with results:
         run_interruptibly(lambda: _run(job, record, results), results.discard)
@@ -227,6 +230,18 @@ def _record(job: Job, source: Source, model: Model, identity: dict[str, str]) ->
         "fine": dataclasses.asdict(job.fine),
         "environment": environment(),
     }
+
+
+def _check_meaning(job: Job, record: Record) -> None:
+    """Raise InputError if the same options mean something else than when the record was made."""
+    now = {name: dataclasses.asdict(getattr(job, name)) for name in record.meant}
+    now = json.loads(json.dumps(now))  # which has lists where there were tuples
+    differing = [name for name, then in record.meant.items() if now[name] != then]
+    if differing:
+        raise InputError(
+            f"{job.options.from_params} cannot be repeated: this version or this model understands "
+            f"its options otherwise ({' and '.join(differing)})."
+        )
 
 
 def _repeated(options: Options) -> tuple[Options, Record]:

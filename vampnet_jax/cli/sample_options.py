@@ -81,7 +81,7 @@ class Options:
     """Keep all of the first N codebooks (0)."""
     upper_codebooks: Annotated[int | None, arg(metavar="N")] = None
     """Generate all of the codebooks from the N-th on, counted from 0. If left out: 4 as in the
-    presets with --periodic above 1, --random, --onset and --beat; else no codebook."""
+    original's presets with --periodic above 1, --random, --onset and --beat; else no codebook."""
     mask: Annotated[Path | None, arg(metavar="FILE.npy")] = None
     """Your own mask, (codebooks, frames) or (frames,), 1 = generate."""
 
@@ -193,7 +193,8 @@ def with_defaults_of(model: Path, options: Options) -> Options:
     That is the prompt, if a preset says it, and how the model is best sampled.
     """
     description = read_description(model)
-    values = _of_preset(options, presets_of(description))
+    n_codebooks = description["fine"]["config"]["n_codebooks"]
+    values = _of_preset(options, presets_of(description), n_codebooks)
     for stage, prefix in (("coarse", ""), ("fine", "fine_")):
         own = sampling_defaults(description, stage)
         if getattr(options, f"{prefix}steps") is not None:
@@ -226,8 +227,12 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
         raise InputError(f"--{flag} is {text!r}; write whole numbers as 12,4,2,2.") from None
 
 
-def _of_preset(options: Options, presets: Mapping[str, Prompt]) -> dict[str, Any]:
-    """The preset in options: that asked for, or what the prompt is if nothing is said of it."""
+def _of_preset(options: Options, presets: Mapping[str, Prompt], n_codebooks: int) -> dict[str, Any]:
+    """The preset in options: that asked for, or what the prompt is if nothing is said of it.
+
+    Options that only refine what has been switched off are left out, and codebooks that the model
+    does not have.
+    """
     given = _prompt_options(options)
     if options.seconds is not None:
         return {}
@@ -239,9 +244,14 @@ def _of_preset(options: Options, presets: Mapping[str, Prompt]) -> dict[str, Any
         base = Prompt(periodic=1)  # what there is stays
     else:
         base = preset(DEFAULT_PRESET, presets)
-    if given.get("periodic") == 0:
-        base = dataclasses.replace(base, periodic=0, width=1, offset=None)
     said = {k: v for k, v in dataclasses.asdict(base).items() if k not in given}
+    if given.get("periodic") == 0:
+        said = {k: v for k, v in said.items() if k not in ("width", "offset")}
+    if not any(given.get(name, getattr(base, name)) for name in ("beat", "beat_before")):
+        refining = ("beat_every", "beat_downbeats", "beat_dropout")
+        said = {k: v for k, v in said.items() if k not in refining}
+    if said.get("upper_codebooks") is not None:
+        said["upper_codebooks"] = min(said["upper_codebooks"], n_codebooks)
     if said.pop("regions", ()):
         said["region"] = tuple(f"{start}:{stop}" for start, stop in base.regions)
     return said | {"preset": None}

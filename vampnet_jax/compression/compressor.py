@@ -179,7 +179,7 @@ class Compressor:
         coarse = self.model.coarse_sampling
         return pipeline.generate(
             self.model, dataclasses.replace(clip, tokens=tokens), Prompt(), seed=seed,
-            coarse=coarse if steps is None else dataclasses.replace(coarse, steps=steps),
+            coarse=coarse if steps is None else coarse.changed(steps=steps),
             edit=Edit(mask=~kept), on_progress=on_progress,
         )  # fmt: skip
 

@@ -28,10 +28,6 @@ from vampnet_jax.sampling import SamplingOptions
 KINDS = ("vamp", "compress", "codec", "fine", "random", "opus")
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingOptions)}
 _PROMPT = {field.name for field in dataclasses.fields(Prompt)}
-_WHOLE = {"codebooks", "period"} | {
-    field.name for field in dataclasses.fields(Prompt) if field.type in (int, int | None)
-}
-"""Options that are whole numbers. (Those of sampling are checked by `SamplingOptions`.)"""
 _OWN = {"compress": {"codebooks", "period"}, "codec": {"codebooks"}, "opus": {"kbps"}}
 
 
@@ -66,6 +62,11 @@ class Condition:
         try:
             model.coarse_sampling.changed(**dict(self.sampling)).check(model.coarse.config)
             self.prompt.check_duration(seconds)
+            kept = self.prompt.prefix + self.prompt.suffix
+            if kept >= seconds and self.kind == "vamp":
+                raise InputError(
+                    f"prefix and suffix keep all of the excerpts, which last {seconds:g} s."
+                )
             n = model.fine.config.n_codebooks
             if self.codebooks is not None and self.codebooks > n:
                 raise InputError(f"codebooks is {self.codebooks}; the model has {n}.")
@@ -172,9 +173,10 @@ def _condition(path: Path, experiment: str, row: Any) -> Condition:
         )
     if isinstance(options.get("codebook_steps"), list):
         options["codebook_steps"] = tuple(options["codebook_steps"])
-    numbers = {k: v for k, v in options.items() if k not in ("regions", "order", "codebook_steps")}
-    for option, value in numbers.items():
-        sort, types = ("whole number", int) if option in _WHOLE else ("number", int | float)
+    checked = _PROMPT | {"order", "codebook_steps"}  # by Prompt and SamplingOptions
+    for option, value in ((k, v) for k, v in options.items() if k not in checked):
+        whole = option in ("codebooks", "period")
+        sort, types = ("whole number", int) if whole else ("number", int | float)
         if value is not None and not isinstance(value, types):
             raise InputError(f"{where} {option} is {value!r}; it must be a {sort}.")
     try:

@@ -11,6 +11,7 @@ of the same embedding.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 
@@ -41,11 +42,26 @@ def mel_statistics(recording: Spectra) -> np.ndarray:
 
 
 def crepe_tiny(recording: Spectra) -> np.ndarray:
-    """Which pitches sound: float64 `[512]` (CREPE: Kim et al. 2018).
+    """Which pitches sound: float64 `[512]` (CREPE: Kim et al. 2018)."""
+    import torch
 
-    Raises:
-      InputError: torchcrepe is not installed.
-    """
+    torchcrepe = _torchcrepe()
+    at_rate = resample(Audio(recording.audio[None], SAMPLE_RATE), CREPE_RATE)
+    with torch.inference_mode():
+        hidden = torchcrepe.embed(
+            torch.from_numpy(at_rate.samples), CREPE_RATE, CREPE_HOP, model="tiny", batch_size=128
+        )
+    frames = hidden.reshape(hidden.shape[1], -1).double().numpy()
+    return np.concatenate([frames.mean(0), frames.std(0)])
+
+
+def check_installed(name: str) -> None:
+    """Raise InputError if an embedding needs a package that is not installed."""
+    if name == "crepe-tiny":
+        _torchcrepe()
+
+
+def _torchcrepe() -> ModuleType:
     from codec_bridge.descript import stand_in_for_broken_torchaudio
 
     try:
@@ -55,15 +71,7 @@ def crepe_tiny(recording: Spectra) -> np.ndarray:
         raise InputError(
             "the embedding crepe-tiny needs torchcrepe; install vampnet-jax[evaluate]."
         ) from None
-    import torch
-
-    at_rate = resample(Audio(recording.audio[None], SAMPLE_RATE), CREPE_RATE)
-    with torch.inference_mode():
-        hidden = torchcrepe.embed(
-            torch.from_numpy(at_rate.samples), CREPE_RATE, CREPE_HOP, model="tiny", batch_size=128
-        )
-    frames = hidden.reshape(hidden.shape[1], -1).double().numpy()
-    return np.concatenate([frames.mean(0), frames.std(0)])
+    return torchcrepe
 
 
 EMBEDDINGS: dict[str, Callable[[Spectra], np.ndarray]] = {

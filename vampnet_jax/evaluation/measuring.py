@@ -27,6 +27,9 @@ from vampnet_jax.evaluation.excerpts import Excerpt
 from vampnet_jax.evaluation.making import HIDDEN_TOKENS, Originals, Rows, make, spectra
 from vampnet_jax.evaluation.token_scores import score_tokens
 
+MEASURES = 1
+"""Raised with every change of what a measure is or how recordings are made: kept measurements of
+another version are not continued."""
 BATCH = 4
 """Excerpts that are generated together."""
 REFERENCE, TOKENS = "reference", "tokens"

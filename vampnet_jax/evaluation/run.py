@@ -11,8 +11,9 @@ from codec_bridge.atomic import atomic_write
 from codec_bridge.errors import InputError
 from vampnet_jax.compression.compressor import Compressor
 from vampnet_jax.evaluation.conditions import Condition
+from vampnet_jax.evaluation.embeddings import check_installed
 from vampnet_jax.evaluation.excerpts import Excerpt, choose_excerpts
-from vampnet_jax.evaluation.measuring import BATCH, Bench, measure
+from vampnet_jax.evaluation.measuring import BATCH, MEASURES, Bench, measure
 from vampnet_jax.evaluation.report import write_report
 from vampnet_jax.evaluation.summary import Result, summarise, summarise_tokens
 
@@ -56,7 +57,10 @@ def evaluate(
     for condition in conditions:  # what does not work must not fail after hours
         condition.check(compressor.model, seconds)
     excerpts = choose_excerpts(audio, 2 * n_excerpts, seconds)
+    for name in embeddings:
+        check_installed(name)
     settings = {
+        "measures": MEASURES,
         "model": compressor.model.name,
         "weights": compressor.identity.hex(),
         "codec": compressor.model.codec.fingerprint,
@@ -97,7 +101,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))  # which has lists where there were tuples
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no evaluation; choose another.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
