@@ -166,7 +166,7 @@ def window_ideas(stage: Stage, window: int, batch: int, steps: int, passes: list
 
 
 def overlap_ideas(tiny: vampnet.Model) -> Iterator[Pair]:
-    """On several clips of 10 s: the codec works on one while another is generated."""
+    """On two clips of 10 s: the codec works on one while the other is generated."""
     codec = tiny.codec
     samples = 0.1 * np.random.default_rng(0).standard_normal((1, 10 * codec.sample_rate))
     audio = samples.astype(np.float32)

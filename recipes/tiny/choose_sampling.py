@@ -11,6 +11,7 @@ from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
 from vampnet_jax.evaluation.distances import mel_distance
+from vampnet_jax.prompts import PRESETS
 from vampnet_jax.sampling import SamplingOptions
 
 OFF = {"typical_mass": None}
@@ -56,7 +57,9 @@ WAYS: dict[str, tuple[dict, dict]] = {
 
 def main() -> None:
     parser = options(__doc__, n_clips=1)
-    parser.add_argument("--preset", default="medium-variation")
+    parser.add_argument(
+        "--preset", default="medium-variation", choices=list(PRESETS), help="of the original"
+    )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     a = parser.parse_args()
@@ -71,7 +74,7 @@ def main() -> None:
         rows = []
         for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
             key = jax.random.fold_in(jax.random.key(a.seed), number)
-            mask = model.presets[a.preset].mask(known.shape, key, frame_rate=frame_rate)
+            mask = PRESETS[a.preset].mask(known.shape, key, frame_rate=frame_rate)
             made = vampnet.vamp(
                 model, known, mask, key,
                 SamplingOptions(**{"steps": a.steps, **coarse}),

@@ -23,9 +23,7 @@ MEL_BANDS = 40
 MEL_FLOOR = -2.0
 """What is below this counts as this, 41 to 61 dB below a tone of full scale in the band.
 
-Lower floors let what is hardly heard decide: with every other of 300 excerpts of music as the
-reference of the rest, the Fréchet distance is 0.89 ± 1.83 with -5, 0.43 ± 0.44 with -3 and
-0.20 ± 0.09 with -2.
+A lower floor lets what is hardly heard decide how far sets are apart.
 """
 CREPE_RATE = 16_000
 CREPE_HOP = 1_600
