@@ -250,6 +250,7 @@ def test_own_experiments_are_read_from_yaml(tmp_path):
         ("experiments: {a: [{name: x, periodic: -1}]}", "must be at least 0"),
         ("experiments: {a: [{name: x, periodic: 2.5}]}", "periodic is 2.5; it must be a whole"),
         ("experiments: {a: [{name: x, prefix: long}]}", "prefix is 'long'; it must be a number"),
+        ("experiments: {a: [{name: x}, {name: x, periodic: 3}]}", "two conditions named 'x'"),
         ("experiments: {a: [{name: x, steps: many}]}", "steps is 'many'; it must be a number"),
         ("experiments: {a: [{name: x, steps: 0}]}", "must be a whole number of at least 1"),
         ("experiments: {a: [{name: x, kind: compress, codebooks: 0}]}", "must be at least 1"),

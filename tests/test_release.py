@@ -111,13 +111,16 @@ def test_presets_of_a_model_are_kept_and_used(model, tmp_path):
 @pytest.mark.parametrize(
     ("presets", "words"),
     [
-        ({"mine": {"periodic": -1}}, r"config.json does not describe a model \(periodic is -1"),
+        ({"mine": {"periodic": -1}}, r"does not describe a model \(preset 'mine': periodic is -1"),
         ({"mine": {"periodic": 7.5}}, "periodic is 7.5; it must be a whole number"),
+        ({"mine": {"periodic": True}}, "periodic is True; it must be a whole number"),
+        ({"mine": {"periodic": None}}, "periodic is None; it must be a whole number"),
+        ({"mine": {"periodic": 10**30}}, "it must be at most 1000000000"),
         ({"mine": {"beat_downbeats": 1}}, "beat_downbeats is 1; it must be true or false"),
         ({"mine": {"regions": [[1]]}}, "regions is .*; it must be pairs of numbers"),
-        ({"mine": {"often": 3}}, "does not describe a model"),
-        (["mine"], "does not describe a model"),
-        ({"mine": 3}, "does not describe a model"),
+        ({"mine": {"often": 3}}, "preset 'mine': there is no option 'often'"),
+        (["mine"], "presets must be options by name"),
+        ({"mine": 3}, "presets must be options by name"),
     ],
 )
 def test_impossible_presets_of_a_model_are_refused(saved, presets, words):

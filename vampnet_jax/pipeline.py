@@ -26,6 +26,10 @@ LOUDNESS = -24.0
 """LUFS of what the models were trained on."""
 MIN_SECONDS = 0.1
 """Shorter clips are refused: they hold a few frames at most."""
+MAX_SECONDS = 3600
+"""Longest continuation, and longest music from nothing."""
+MAX_STRETCH = 100
+"""More new frames between two of the input's are refused."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("encode", "coarse", "fine", "decode"), what is done and what there is."""
@@ -62,10 +66,14 @@ class Edit:
     generated only if both say so."""
 
     def __post_init__(self) -> None:
-        if self.stretch < 1:
-            raise InputError(f"stretch is {self.stretch}; it must be a whole number from 1 on.")
-        if not 0 <= self.extend < np.inf:
-            raise InputError(f"extend is {self.extend}; it must be 0 seconds or more.")
+        if not 1 <= self.stretch <= MAX_STRETCH:
+            raise InputError(
+                f"stretch is {self.stretch}; it must be a whole number from 1 to {MAX_STRETCH}."
+            )
+        if not 0 <= self.extend <= MAX_SECONDS:
+            raise InputError(
+                f"extend is {self.extend:g}; it must be from 0 to {MAX_SECONDS} seconds."
+            )
         if self.feedback < 0:
             raise InputError(f"feedback is {self.feedback}; it must be 0 or more.")
 

@@ -21,6 +21,9 @@ from vampnet_jax.rhythm import Rhythm, beat, choose_beats, find_beats, find_onse
 UPPER_CODEBOOKS = 4
 """First codebook that sparse prompts leave to the model, as in the original's presets."""
 
+MAX_WHOLE = 10**9
+"""The largest number of frames or codebooks; JAX counts them in 32 bits."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -236,6 +239,8 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
         sort = "pairs of numbers"
     if not fits:
         raise InputError(f"{field.name} is {value!r}; it must be {sort}.")
+    if sort == "a whole number" and value is not None and value > MAX_WHOLE:
+        raise InputError(f"{field.name} is {value}; it must be at most {MAX_WHOLE}.")
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:

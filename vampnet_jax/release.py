@@ -355,12 +355,20 @@ def sampling_defaults(description: dict[str, Any], name: str) -> SamplingOptions
 
 def presets(description: dict[str, Any]) -> dict[str, Prompt]:
     """Prompts by name: the original's, and those that the model has instead of or besides them."""
+    given = description.get("presets", {})
+    if not isinstance(given, dict) or not all(isinstance(x, dict) for x in given.values()):
+        raise InputError("presets must be options by name, by the name of the preset")
     own = {}
-    for name, given in description.get("presets", {}).items():
-        values: dict[str, Any] = dict(given)
+    for name, values in given.items():
+        unknown = values.keys() - {field.name for field in dataclasses.fields(Prompt)}
+        if unknown:
+            raise InputError(f"preset {name!r}: there is no option {min(unknown)!r}")
         if "regions" in values:
-            values["regions"] = tuple(map(tuple, values["regions"]))
-        own[name] = Prompt(**values)
+            values = values | {"regions": tuple(map(tuple, values["regions"]))}
+        try:
+            own[name] = Prompt(**values)
+        except InputError as error:
+            raise InputError(f"preset {name!r}: {error}") from None
     return PRESETS | own
 
 
@@ -391,7 +399,9 @@ def read_description(directory: Path) -> dict[str, Any]:
                 raise TypeError(f"{name}.window is {window!r}")
             sampling_defaults(description, name)
         presets(description)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f"{path} does not describe a model (it has no {error}).") from None
+    except (OSError, ValueError, TypeError) as error:
         reason = str(error).rstrip(".")
         raise InputError(f"{path} does not describe a model ({reason}).") from None
     return description

@@ -48,6 +48,8 @@ from vampnet_jax.sampling import SamplingOptions
 say = functools.partial(print, flush=True)
 FROM_NOTHING = "from-nothing"
 """Stem of the files that are made without an input."""
+MAX_VARIATIONS = 1000
+"""They are made as one batch."""
 
 
 def main(argv: list[str]) -> int:
@@ -269,8 +271,10 @@ def _repeated(options: Options) -> tuple[Options, Record]:
 
 def _checked(options: Options) -> Job:
     """Check everything that can be checked before the model is loaded."""
-    if options.num_samples < 1:
-        raise InputError(f"--num-samples is {options.num_samples}; it must be at least 1.")
+    if not 1 <= options.num_samples <= MAX_VARIATIONS:
+        raise InputError(
+            f"--num-samples is {options.num_samples}; it must be from 1 to {MAX_VARIATIONS}."
+        )
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise InputError(f"--seed is {options.seed}; it must be from 0 to {2**32 - 1}.")
     if not -12 <= options.pitch <= 12:

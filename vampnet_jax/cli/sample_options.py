@@ -22,8 +22,6 @@ OFF = get_args(Off)
 Own = Literal["own"]
 NOT_GIVEN = (None, "own")
 """What stands for the model's own way of sampling; `None` on the command line means off."""
-MAX_SECONDS = 3600
-"""Longest music from nothing."""
 KEEPING = {
     "periodic", "prefix", "suffix", "regions", "random", "onset", "beat", "beat_before",
     "keep_codebooks",
@@ -301,9 +299,10 @@ def check_from_nothing(options: Options) -> None:
     """Raise InputError for options that need an input."""
     seconds = options.seconds
     assert seconds is not None
-    if not pipeline.MIN_SECONDS <= seconds <= MAX_SECONDS:
+    if not pipeline.MIN_SECONDS <= seconds <= pipeline.MAX_SECONDS:
         raise InputError(
-            f"--seconds is {seconds:g}; it must be from {pipeline.MIN_SECONDS:g} to {MAX_SECONDS}."
+            f"--seconds is {seconds:g}; it must be from {pipeline.MIN_SECONDS:g} to "
+            f"{pipeline.MAX_SECONDS}."
         )
     if options.input:
         raise InputError(f"--seconds makes music from nothing; leave out {options.input[0]}.")

@@ -145,10 +145,16 @@ def read_experiments(path: Path) -> dict[str, list[Condition]]:
         isinstance(rows, list) and rows for rows in experiments.values()
     ):
         raise InputError(f"{path} has no `experiments:` with a list of conditions by name.")
-    return {
+    read = {
         str(name): [_condition(path, str(name), row) for row in rows]
         for name, rows in experiments.items()
     }
+    for name, conditions in read.items():
+        names = [condition.name for condition in conditions]
+        twice = next((x for x in names if names.count(x) > 1), None)
+        if twice is not None:
+            raise InputError(f"{path}: experiment {name!r} has two conditions named {twice!r}.")
+    return read
 
 
 def _condition(path: Path, experiment: str, row: Any) -> Condition:
