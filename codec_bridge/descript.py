@@ -27,13 +27,18 @@ def import_dac() -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def stand_in_for_broken_torchaudio() -> Iterator[None]:
-    """Within it `import torchaudio` works: gives the package, or an empty one if it cannot load."""
+def stand_in_for_broken_torchaudio(*, empty: bool = True) -> Iterator[None]:
+    """Within it `import torchaudio` gives the package, or something else if that cannot load.
+
+    Args:
+      empty: an empty package; otherwise it is as if it were not installed.
+    """
     try:
         importlib.import_module("torchaudio")
     except (ImportError, OSError, AttributeError, RuntimeError):
         before = set(sys.modules)
-        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+        stand_in = types.ModuleType("torchaudio") if empty else None
+        sys.modules["torchaudio"] = stand_in  # type: ignore[assignment]
         try:
             yield
         finally:

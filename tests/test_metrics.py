@@ -5,9 +5,13 @@ from importlib.util import find_spec
 import jax
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codec_bridge.descript import stand_in_for_broken_torchaudio
+from codec_bridge.errors import InputError
+from vampnet_jax.evaluation import embeddings
 from vampnet_jax.evaluation.artefacts import clicks, seam_ranks, window_borders
 from vampnet_jax.evaluation.distances import Spectra, mel_distance, stft_distance
 from vampnet_jax.evaluation.embeddings import crepe_tiny, mel_statistics
@@ -171,7 +175,12 @@ def test_what_is_too_quiet_to_be_heard_does_not_change_mel_statistics():
     assert np.linalg.norm(noisy - plain) > 0.1
 
 
-@pytest.mark.skipif(find_spec("torchcrepe") is None, reason="needs the extra `evaluate`")
+needs_extra = pytest.mark.skipif(
+    not (find_spec("torchcrepe") and find_spec("transformers")), reason="needs the extra `evaluate`"
+)
+
+
+@needs_extra
 def test_crepe_hears_pitch_and_not_level():
     a, b, c = (crepe_tiny(Spectra(x)) for x in (tone(), tone() * 0.5, tone(pitch=700)))
     assert a.shape == (512,)
@@ -225,3 +234,41 @@ def test_token_scores_are_those_of_the_head(small_codec):
     total = np.log(np.exp(5.0) + 63)
     np.testing.assert_allclose(scores.nll, [total - 5, total - 2.5], rtol=1e-5)
     np.testing.assert_allclose(scores.accuracy, [1, 0.5])
+
+
+@pytest.fixture
+def small_clap(tmp_path, monkeypatch):
+    """A CLAP with random weights in place of the published one."""
+    with stand_in_for_broken_torchaudio(empty=False):
+        from transformers import (
+            ClapAudioConfig,
+            ClapAudioModelWithProjection,
+            ClapFeatureExtractor,
+        )
+
+    torch.manual_seed(0)
+    config = ClapAudioConfig(
+        depths=[1, 1], num_attention_heads=[1, 1], patch_embeds_hidden_size=8, hidden_size=16,
+        num_hidden_layers=2, projection_dim=12,
+    )  # fmt: skip
+    ClapAudioModelWithProjection(config).save_pretrained(tmp_path / "clap")
+    ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(tmp_path / "clap")
+    monkeypatch.setattr(embeddings, "CLAP", str(tmp_path / "clap"))
+
+
+@needs_extra
+def test_clap_hears_every_piece_and_gives_the_same_again(small_clap):
+    rng = np.random.default_rng(0)
+    first, last = (0.1 * rng.standard_normal(9 * 24_000) for _ in range(2))
+    long = np.concatenate([first, last]).astype(np.float32)
+    a, again, other = (embeddings.clap(Spectra(x)) for x in (long, long, long[: 9 * 24_000]))
+    assert a.shape == (12,)
+    np.testing.assert_array_equal(a, again)
+    assert np.abs(a - other).max() > 0
+
+
+@needs_extra
+def test_clap_without_its_weights_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(embeddings, "CLAP", str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"the weights of CLAP, .*choose another embedding"):
+        embeddings.check_installed("clap")

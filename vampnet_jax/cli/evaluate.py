@@ -35,7 +35,7 @@ class EvaluateOptions:
     overlap."""
     seconds: float = 10.0
     """Length of each."""
-    embedding: UseAppendAction[tuple[Literal["mel-statistics", "crepe-tiny"], ...]] = ()
+    embedding: UseAppendAction[tuple[Literal["mel-statistics", "crepe-tiny", "clap"], ...]] = ()
     """What Fréchet and kernel distances are taken in; repeat for more (default: mel-statistics;
     crepe-tiny needs the extra `evaluate`)."""
     listen: int = 2
