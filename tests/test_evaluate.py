@@ -191,7 +191,10 @@ def test_an_embedding_that_is_not_installed_is_refused_before_the_work(
     monkeypatch.setitem(sys.modules, "torchcrepe", None)
     compressor = Compressor(random_model(random_codec()))
     with pytest.raises(InputError, match="needs torchcrepe"):
-        evaluate(compressor, music, tmp_path / "out", CONDITIONS, embeddings=("crepe-tiny",))
+        evaluate(
+            compressor, music, tmp_path / "out", CONDITIONS, n_excerpts=2, seconds=0.5,
+            embeddings=("crepe-tiny",),
+        )  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 
