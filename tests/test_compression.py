@@ -153,6 +153,18 @@ def test_a_file_never_takes_more_than_its_bitrate(compressor, bitrate):
         assert len(made.keep) == 8
 
 
+def test_steps_that_are_asked_for_are_for_all_codebooks():
+    model = random_model(random_codec())
+    sampling = model.coarse_sampling.changed(codebook_steps=(2, 1))
+    made = [
+        Compressor(dataclasses.replace(model, coarse_sampling=how)).generate(
+            clip(n_frames=12, channels=1), grid(1, 12, 4), seed=0, steps=3
+        )
+        for how in (sampling, model.coarse_sampling)
+    ]
+    np.testing.assert_array_equal(made[0].tokens, made[1].tokens)
+
+
 def test_nothing_is_tried_that_another_setting_contains(compressor):
     stages = []
     compress_within(

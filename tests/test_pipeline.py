@@ -127,9 +127,10 @@ def test_frames_of_a_recording_are_known_beforehand(model, rate, n_samples):
 
 
 @pytest.mark.parametrize("level", [0.01, 0.1])
-def test_loudness_of_the_input_comes_back(model, level):
+@pytest.mark.parametrize("upper", [None, CODEBOOKS])
+def test_loudness_of_the_input_comes_back(model, level, upper):
     audio = music(0.64, level=level)
-    out = vamp(model, audio, prompt=Prompt(periodic=7))
+    out = vamp(model, audio, prompt=Prompt(periodic=7, width=3, upper_codebooks=upper))
     measured = [loudness(Audio(samples, RATE)) for samples in (audio, out[0])]
     assert measured[1] == pytest.approx(measured[0], abs=0.1)
 
@@ -141,6 +142,14 @@ def test_kept_passages_keep_their_level(model):
     out = vamp(model, music(0.64, level=0.02), prompt=KEEP_ALL)
     assert abs(clip.gain_db) > 6
     np.testing.assert_allclose(out[0], through_codec / 10 ** (clip.gain_db / 20), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "length"),
+    [([], 0), ([0, 0], 0), ([1], 1), ([1, 1, 0, 1], 2), ([0, 1, 0, 1, 1, 1], 3), ([1, 1], 2)],
+)
+def test_longest_run(chosen, length):
+    assert pipeline.longest_run(np.array(chosen, bool)) == length
 
 
 def test_peaks_stay_within_one(model):

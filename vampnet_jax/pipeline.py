@@ -26,6 +26,8 @@ LOUDNESS = -24.0
 """LUFS of what the models were trained on."""
 MIN_SECONDS = 0.1
 """Shorter clips are refused: they hold a few frames at most."""
+PASSAGE = 0.4
+"""Seconds from which on what is kept has a loudness of its own (a block of BS.1770)."""
 MAX_SECONDS = 3600
 """Longest continuation, and longest music from nothing."""
 MAX_STRETCH = 100
@@ -118,7 +120,7 @@ def vamp_audio(
     """Make variations of a recording.
 
     The recording is mixed to mono or to stereo, resampled to the codec's rate and brought to
-    −24 LUFS. The result has the loudness of the input (where the prompt keeps whole frames: their
+    −24 LUFS. The result has the loudness of the input (where the prompt keeps 0.4 s or more: its
     level) and peaks of at most 1.
 
     Args:
@@ -261,16 +263,22 @@ def decode(
 ) -> Audio:
     """The sound of one variation, as loud as the input was.
 
-    Where whole frames are kept their level must stay, so the gain of the clip is taken back and
-    that is all; otherwise the music is first brought to the loudness that the clip had.
+    A passage that is kept must keep its level, so there the gain of the clip is taken back and that
+    is all; otherwise the music is first brought to the loudness that the clip had.
     """
     samples = model.codec.decode(made.tokens[index], progress=_stage(on_progress, "decode"))
     audio = Audio(np.asarray(samples)[:, : made.n_samples], model.codec.sample_rate)
     change = 0.0
-    if made.mask[index].any(axis=0).all():
+    if longest_run(~made.mask[index].any(axis=0)) / model.codec.frame_rate < PASSAGE:
         change = made.loudness - signal.loudness(audio)
     gain_db = (change if math.isfinite(change) else 0.0) - made.gain_db
     return signal.apply_gain(audio, gain_db)[0]
+
+
+def longest_run(chosen: np.ndarray) -> int:
+    """The most neighbours that are all True; bool `[T]`."""
+    borders = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+    return int(np.max(np.diff(borders)[::2], initial=0))
 
 
 def check_recording(audio: Audio) -> None:
