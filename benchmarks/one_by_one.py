@@ -23,9 +23,10 @@ import numpy as np
 import vampnet_jax as vampnet
 from benchmarks.against_torch import alternate
 from vampnet_jax import SamplingOptions, model, sampling, vamping
-from vampnet_jax.drawing import inverse_cdf
+from vampnet_jax.drawing import draw, inverse_cdf
 from vampnet_jax.filters import typical_keep
 from vampnet_jax.release import Stage
+from vampnet_jax.unmasking import least_confident
 
 Pair = tuple[str, Callable[[], Any], Callable[[], Any]]
 """What, with it, without it."""
@@ -58,6 +59,20 @@ def plain_embedding(params: model.Params, tokens: jax.Array) -> jax.Array:
     return jnp.einsum("BCTd,CdD->BTD", rows, e["kernel"]) + e["bias"][None, None]
 
 
+def sorted_least_confident(confidence: jax.Array, masked: jax.Array, count: jax.Array) -> jax.Array:
+    """`unmasking.least_confident` by sorting the positions."""
+    flat = jnp.where(masked, confidence, jnp.inf).reshape(len(count), -1)
+    rank = jnp.argsort(jnp.argsort(flat, axis=-1, stable=True), axis=-1)
+    return (rank < count[:, None]).reshape(masked.shape) & masked
+
+
+def argmax_draw(logits: jax.Array, u: jax.Array, greedy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Token and log probability of `draw`, as one writes them first."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    token = jnp.where(greedy, jnp.argmax(log_p, axis=-1), inverse_cdf(jnp.exp(log_p), u))
+    return token, jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
+
+
 def ready(function: Callable, *arguments: Any, **options: Any) -> Callable[[], Any]:
     """A call of a compiled function that waits for its result."""
     return lambda: jax.block_until_ready(function(*arguments, **options))
@@ -81,6 +96,20 @@ def drawing_ideas(rows: int, vocabulary: int) -> Iterator[Pair]:
         "draw: one uniform through the inverse CDF, not V Gumbel draws",
         ready(jax.jit(by_inverse), logits, key),
         ready(jax.jit(lambda x, k: jax.random.categorical(k, x)), logits, key),
+    )
+
+    u, greedy = jax.random.uniform(key, (rows,)), jnp.asarray(False)
+    yield (
+        "draw: first of the highest logits by comparing, not argmax of log_softmax",
+        ready(jax.jit(lambda *x: draw(*x)[:2]), logits, u, greedy),
+        ready(jax.jit(argmax_draw), logits, u, greedy),
+    )
+    confidence = jax.random.normal(key, (1, rows, 1))
+    masked, count = jnp.ones(confidence.shape, bool), jnp.array([rows // 2])
+    yield (
+        "what stays masked: threshold bisected, not sorted",
+        ready(jax.jit(least_confident), confidence, masked, count),
+        ready(jax.jit(sorted_least_confident), confidence, masked, count),
     )
 
 

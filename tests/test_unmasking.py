@@ -48,6 +48,24 @@ def test_no_step_has_more_to_do_than_was_planned_for(steps):
     assert settled - tight <= 2
 
 
+@pytest.mark.parametrize("rounding", [9, 0])
+def test_the_least_confident_stay_masked_and_ties_go_frame_by_frame(rounding):
+    rng = np.random.default_rng(rounding)
+    confidence = rng.normal(size=(6, 40, 3)).round(rounding).astype(np.float32)  # 0: many ties
+    confidence[:, 5] = -np.inf
+    masked = rng.random((6, 40, 3)) < 0.5
+    masked[4] = False
+    counts = np.array([0, 1, 17, masked[3].sum(), 0, 29])
+    found = unmasking.least_confident(jnp.asarray(confidence), jnp.asarray(masked), counts)
+    for chosen, values, here, count in zip(
+        np.asarray(found), confidence, masked, counts, strict=True
+    ):
+        flat = np.where(here, values, np.inf).reshape(-1)
+        expected = np.zeros(flat.size, bool)
+        expected[np.argsort(flat, kind="stable")[:count]] = True
+        np.testing.assert_array_equal(chosen.reshape(-1), expected)
+
+
 def test_any_first_few_of_the_spread_order_are_spread_evenly():
     masked = jnp.ones((1, 250, 1), bool)
     rank = unmasking.spread_ranks(jnp.array([[123456789]], jnp.uint32), masked, False)[0, :, 0]

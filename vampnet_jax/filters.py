@@ -62,15 +62,15 @@ def typical_keep(
 
     def enough(within: jax.Array) -> jax.Array:
         held = jnp.sum(jnp.where(within, p, 0.0), axis=-1, keepdims=True)
-        return (held >= mass) & (_count(within) >= least)
+        return (held >= mass) & (count(within) >= least)
 
-    return _smallest_prefix(distance, enough) | (jnp.asarray(mass) >= 1)
+    return smallest_prefix(distance, enough) | (jnp.asarray(mass) >= 1)
 
 
 def top_k_keep(logits: jax.Array, k: jax.Array | int) -> jax.Array:
     """The k most probable tokens and all that tie with the k-th; bool `[..., V]`."""
     wanted = jnp.asarray(jnp.clip(k, 1, logits.shape[-1]), jnp.float32)
-    return _smallest_prefix(-logits, lambda kept: _count(kept) >= wanted)
+    return smallest_prefix(-logits, lambda kept: count(kept) >= wanted)
 
 
 def top_p_keep(logits: jax.Array, p: jax.Array | float) -> jax.Array:
@@ -83,10 +83,10 @@ def top_p_keep(logits: jax.Array, p: jax.Array | float) -> jax.Array:
     def crossed(kept: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(kept, probabilities, 0.0), axis=-1, keepdims=True) > p
 
-    return _smallest_prefix(-logits, crossed)
+    return smallest_prefix(-logits, crossed)
 
 
-def _smallest_prefix(scores: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def smallest_prefix(scores: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Tokens from the lowest score up, as few as are enough; all if all are not enough.
 
     Args:
@@ -115,6 +115,6 @@ def _ordered_integers(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
 
 
-def _count(kept: jax.Array) -> jax.Array:
+def count(kept: jax.Array) -> jax.Array:
     """How many are True along the last axis, in float32, which CPUs add faster; `[..., 1]`."""
     return jnp.sum(kept.astype(jnp.float32), axis=-1, keepdims=True)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vampnet_jax import filters
+
 Values = Any
 """A NumPy array `[S]`; inside the scan over steps, one step's element as a traced scalar."""
 
@@ -74,9 +76,16 @@ def most_settled(schedule: Plan, n: int) -> int:
 def least_confident(confidence: jax.Array, masked: jax.Array, count: jax.Array) -> jax.Array:
     """Of the masked positions `[B, T, C]` the `count` `[B]` least confident, exactly."""
     flat = jnp.where(masked, confidence, jnp.inf).reshape(len(count), -1)
-    order = jnp.argsort(flat, axis=-1, stable=True)  # ties go frame by frame
-    rank = jnp.argsort(order, axis=-1)
-    return (rank < count[:, None]).reshape(masked.shape) & masked
+    wanted = count[:, None].astype(jnp.float32)
+    # By bisection: several times as fast as sorting, on CPUs.
+    kept = filters.smallest_prefix(flat, lambda kept: filters.count(kept) >= wanted)
+    last = jnp.max(jnp.where(kept, flat, -jnp.inf), axis=-1, keepdims=True)
+    below, ties = flat < last, flat == last
+    room = wanted - filters.count(below)
+    chosen = below | (
+        ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.float32) <= room)
+    )  # ties go frame by frame
+    return chosen.reshape(masked.shape) & masked
 
 
 def spread_ranks(offsets: jax.Array, masked: jax.Array, by_codebook: bool) -> jax.Array:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyloudnorm
 import soundfile
+from relabel_tokens import makes_the_same_tokens
 
 import codec_bridge
 from codec_bridge.atomic import atomic_write
@@ -55,6 +56,7 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--codec", type=Path, default=Path("runs/codec/codec.safetensors"))
+    parser.add_argument("--tuned", type=Path, help="the codec with a tuned decoder, to be shipped")
     parser.add_argument("--coarse", type=Path, default=Path("runs/coarse"))
     parser.add_argument("--fine", type=Path, default=Path("runs/fine"))
     parser.add_argument("--out", type=Path, default=Path("vampnet_jax/models/tiny"))
@@ -66,6 +68,10 @@ def main() -> None:
     for run in (a.coarse, a.fine):
         if read_run(run)[1]["codec"]["fingerprint"] != codec.fingerprint:
             sys.exit(f"{run} was trained on tokens of another codec than {a.codec}")
+    if a.tuned:
+        token_codec, codec = codec, codec_bridge.load(a.tuned)
+        if not makes_the_same_tokens(token_codec, codec):
+            sys.exit(f"{a.tuned} and {a.codec} differ in more than the decoder")
     model = Model(
         coarse=Stage(*load_run(a.coarse)),
         fine=Stage(*load_run(a.fine)),

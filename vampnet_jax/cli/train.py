@@ -81,6 +81,8 @@ class TrainOptions:
     """Skip steps whose gradient is not finite or so many times as large as usual; 0: none."""
     level_masks: float | None = None
     """Share of examples masked codebook by codebook (SoundStorm)."""
+    prompt_masks: float | None = None
+    """Share of examples masked between kept frames, as periodic prompts leave them."""
     label_smoothing: float | None = None
     """Share of the target spread over all codes."""
     ema_decay: float | None = None

@@ -50,6 +50,8 @@ class TrainConfig:
     """Global norm that gradients are clipped to."""
     level_masks: float = 0.0
     """Share of the examples that are masked as when codebooks are filled in one after the other."""
+    prompt_masks: float = 0.0
+    """Share of the examples that are masked as while a periodic prompt is filled in."""
     label_smoothing: float = 0.1
     ema_decay: float = 0.999
     """Of the moving average of the weights that is used afterwards; 0 keeps none."""
@@ -102,8 +104,14 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1.")
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay is {self.weight_decay}; it must not be negative.")
-        if not 0 <= self.level_masks <= 1:
-            raise InputError(f"level_masks is {self.level_masks}; it must be from 0 to 1.")
+        for name in ("level_masks", "prompt_masks"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.level_masks + self.prompt_masks > 1:
+            raise InputError(
+                f"level_masks is {self.level_masks} and prompt_masks {self.prompt_masks}; together "
+                "they can be 1 at most."
+            )
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be below 2^63.")
         if self.schedule not in get_args(ScheduleName):

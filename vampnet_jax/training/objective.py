@@ -17,6 +17,10 @@ LOGIT_BYTES = 2**27
 GOLDEN = 2654435769
 """2³² divided by the golden ratio, odd: its multiples mod 2³² are a low-discrepancy sequence."""
 
+LONGEST_PERIOD = 16
+"""Frames; the longest period of `draw_prompt_masks`."""
+WIDEST_KEPT = 4
+"""Frames; how many of a period `draw_prompt_masks` keeps at most."""
 
 RATIO_BINS = {
     "r<0.5": (0.0, 0.5),
@@ -93,6 +97,34 @@ def draw_level_masks(
     codebooks = jnp.arange(config.n_codebooks)[None, :, None]
     own = draw_masks(keys, ratios, n_frames, config) & (codebooks == level)
     return own | (codebooks > level)
+
+
+def draw_prompt_masks(
+    keys: jax.Array, ratios: jax.Array, n_frames: int, config: ModelConfig
+) -> jax.Array:
+    """Mask as while a periodic prompt is filled in: between kept frames, not everywhere.
+
+    Every example has a period of 2 to `LONGEST_PERIOD` frames, and at the start of each, after a
+    random offset, some frames that are kept in all codebooks. Of the tokens in the gaps, each is
+    masked with probability cos(π r / 2).
+
+    Args:
+      keys, ratios, n_frames, config: as for `draw_masks`.
+
+    Returns:
+      bool `[B, C, T]`, True = masked.
+    """
+
+    def in_gap(key: jax.Array) -> jax.Array:
+        period_key, width_key, offset_key = jax.random.split(key, 3)
+        period = jax.random.randint(period_key, (), 2, LONGEST_PERIOD + 1)
+        width = jax.random.randint(width_key, (), 1, jnp.minimum(period, WIDEST_KEPT + 1))
+        offset = jax.random.randint(offset_key, (), 0, period)
+        return (jnp.arange(n_frames) + offset) % period >= width
+
+    # Its own stream, so that gaps do not depend on which of their tokens are masked.
+    gaps = jax.vmap(lambda key: in_gap(jax.random.fold_in(key, 2)))(keys)
+    return draw_masks(keys, ratios, n_frames, config) & gaps[:, None]
 
 
 def masked_sums(

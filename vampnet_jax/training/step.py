@@ -15,6 +15,7 @@ from vampnet_jax.training.objective import (
     Sums,
     draw_level_masks,
     draw_masks,
+    draw_prompt_masks,
     mask_ratios,
     masked_sums,
     metrics_by_ratio,
@@ -174,11 +175,7 @@ def train_step(
         jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
         for key in (mask_key, dropout_key)
     )
-    mask = draw_masks(mask_keys, ratios, n_frames, config.model)
-    if config.level_masks:
-        by_level = draw_level_masks(mask_keys, ratios, n_frames, config.model, examples)
-        chosen = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(mask_keys)
-        mask = jnp.where((chosen < config.level_masks)[:, None, None], by_level, mask)
+    mask = _draw_mask(mask_keys, ratios, examples, n_frames, config)
     gradient, sums = _gradient(state, (tokens, mask, dropout_keys), config, layout)
     metrics = metrics_by_ratio(sums, ratios)
     rate = schedule(config)(state.step, done)
@@ -210,6 +207,24 @@ def train_step(
         taken = layout.constrain(taken)
         metrics = jax.lax.with_sharding_constraint(metrics, layout.whole)
     return taken, metrics
+
+
+def _draw_mask(
+    keys: jax.Array, ratios: jax.Array, examples: jax.Array, n_frames: int, config: TrainConfig
+) -> jax.Array:
+    """Each example's mask, of one of the kinds in the shares that the run wants; `[B, C, T]`."""
+    mask = draw_masks(keys, ratios, n_frames, config.model)
+    if not config.level_masks and not config.prompt_masks:
+        return mask
+    chosen = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
+    chosen = chosen[:, None, None]
+    if config.prompt_masks:
+        prompted = draw_prompt_masks(keys, ratios, n_frames, config.model)
+        mask = jnp.where(chosen < config.level_masks + config.prompt_masks, prompted, mask)
+    if config.level_masks:
+        by_level = draw_level_masks(keys, ratios, n_frames, config.model, examples)
+        mask = jnp.where(chosen < config.level_masks, by_level, mask)
+    return mask
 
 
 def _gradient(

@@ -1,0 +1,225 @@
+"""Train the codec's decoder further on its own tokens and on variations; no token changes.
+
+Half of the excerpts are decoded from the tokens of the music, the other half from variations of it
+(vary_training_tracks.py), whose gaps hold what the models made: tokens that do not agree on the
+phase. Of gaps only magnitudes are asked for, so the decoder learns to make the most likely
+spectrum out of tokens that fit badly, as in use. The waveform counts less than in
+train_codec.py: what phase the tokens carry is settled, and mel distance suffers from it.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torch import nn
+from train_codec import (
+    CONFIG,
+    SCALES,
+    Excerpts,
+    MelDistance,
+    Notes,
+    Snake,
+    export,
+    save,
+    validate,
+)
+
+from codec_bridge.descript import import_dac
+from vampnet_jax.training.excerpts import choose_tracks
+from vampnet_jax.training.tokens import TrackReader, read_manifest
+
+HOP = math.prod(CONFIG["encoder_rates"])
+MARGIN = 6
+"""Frames at both ends of an excerpt that only give context."""
+
+
+class Excerpt(NamedTuple):
+    """Music, its tokens or a variation's, and which frames have all the music's tokens."""
+
+    audio: torch.Tensor  # [1, 1, frames · HOP]
+    tokens: torch.Tensor  # [1, C, frames]
+    kept: torch.Tensor  # [frames], 0 or 1
+
+
+class Pairs:
+    """The training tracks: audio as it was tokenised, their tokens and those of variations."""
+
+    def __init__(self, music: Path, tokens: Path, variations: Path):
+        manifest = read_manifest(tokens)
+        self.reader = TrackReader(tokens, manifest, choose_tracks(manifest, "train"))
+        self.tracks = self.reader.tracks
+        self.files = [music / f"{track.name}.wav" for track in self.tracks]
+        index = json.loads((music / "index.json").read_text())
+        self.gains = []
+        for track, file in zip(self.tracks, self.files, strict=True):
+            peak = max(
+                float(np.abs(part).max()) for part in soundfile.blocks(file, 1 << 20, fill_value=0)
+            )
+            self.gains.append(min(10 ** ((-24 - index[track.name]["loudness"]) / 20), 1 / peak))
+        self.varied = [np.load(variations / f"{t.name}.npy", mmap_mode="r") for t in self.tracks]
+        seconds = np.array([track.seconds for track in self.tracks])
+        sources = np.array([track.source for track in self.tracks])
+        weights = np.zeros(len(seconds))
+        for source in set(sources):  # as train_codec.py draws them
+            here = sources == source
+            weights[here] = seconds[here] / math.sqrt(seconds[here].sum())
+        self.weights = weights / weights.sum()
+
+    def draw(self, rng: np.random.Generator, frames: int, varied: bool) -> Excerpt:
+        """A random excerpt that is not silent."""
+        while True:
+            i = int(rng.choice(len(self.tracks), p=self.weights))
+            last = self.tracks[i].frames - frames - 1
+            if last < 0:
+                continue
+            start = int(rng.integers(0, last))
+            audio, _ = soundfile.read(
+                self.files[i], frames * HOP, start * HOP, dtype="float32", fill_value=0
+            )
+            if np.abs(audio).max() > 1e-3:
+                break
+        own = np.asarray(self.reader.read(i, start, start + frames)[0]).astype(np.int64)
+        tokens = own
+        if varied:
+            tokens = np.asarray(self.varied[i][:, start : start + frames]).astype(np.int64)
+        kept = (tokens == own).all(axis=0).astype(np.float32)
+        audio = torch.from_numpy(audio * self.gains[i])[None, None]
+        return Excerpt(audio, torch.from_numpy(tokens)[None], torch.from_numpy(kept))
+
+
+def wave_error(x: torch.Tensor, y: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Energy of the error over that of `y`, treble lifted, of samples where `kept` is 1."""
+    x, y = (a[..., 1:] - 0.8 * a[..., :-1] for a in (x, y))
+    kept = kept[1:]
+    energy = (y.square() * kept).sum() + 1e-6 * kept.sum() + 1e-6
+    return ((x - y).square() * kept).sum() / energy
+
+
+def backward(
+    decoder: nn.Module,
+    latents: torch.Tensor,
+    excerpt: Excerpt,
+    weights: dict[str, float],
+    mel: nn.Module,
+    notes: nn.Module,
+    bfloat16: bool,
+) -> dict[str, float]:
+    """Set the decoder's gradients for one excerpt → its losses by name."""
+    torch.set_num_threads(1)
+    decoder.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = decoder(latents)
+    inside = slice(MARGIN * HOP, -MARGIN * HOP)
+    out, audio = out.float()[..., inside], excerpt.audio[..., inside]
+    kept = excerpt.kept.repeat_interleave(HOP)[inside]
+    wrong = (notes(out.squeeze(1)) - notes(audio.squeeze(1))).abs().mean()
+    losses = {"mel": mel(out, audio), "notes": wrong, "wave": wave_error(out, audio, kept)}
+    sum(weights[name] * value for name, value in losses.items()).backward()
+    return {name: value.item() for name, value in losses.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--music", type=Path, default=Path("data/music"))
+    parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
+    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
+    parser.add_argument("--variations", type=Path, default=Path("data/variations"))
+    parser.add_argument("--codec", type=Path, default=Path("runs/codec/checkpoint.pt"))
+    parser.add_argument("--out", type=Path, default=Path("runs/decoder"))
+    parser.add_argument("--minutes", type=float, default=60, help="training time, all runs")
+    parser.add_argument("--frames", type=int, default=24, help="of an excerpt, without margins")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-4)
+    parser.add_argument("--wave", type=float, default=1.0, help="weight of the waveform error")
+    parser.add_argument("--notes", type=float, default=4.0, help="weight of the notes' error")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    split = json.loads(a.split.read_text())
+    pairs = Pairs(a.music, a.tokens, a.variations)
+    held = Excerpts(a.music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
+    dac = import_dac()
+    sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
+    model = dac.DAC(**CONFIG)
+    model.load_state_dict(torch.load(a.codec, weights_only=True)["ema"])
+    model.requires_grad_(False)
+    decoder = model.decoder.requires_grad_(True)
+    trained = list(decoder.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=a.learning_rate, betas=(0.8, 0.99))
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    step, spent = 0, 0.0
+    a.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = a.out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, step, spent = state["ema"], state["step"], state["spent"]
+    replica = dac.DAC(**CONFIG).decoder
+    for parameter, own in zip(replica.parameters(), trained, strict=True):
+        parameter.data = own.data
+    mel, notes = MelDistance(SCALES), Notes(8192, HOP)
+    distance = MelDistance([(2048, 150), (512, 80)])
+    weights = {"mel": 1.0, "notes": a.notes, "wave": a.wave}
+    pool = ThreadPoolExecutor(2)
+
+    def checkpoint_now() -> None:
+        state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
+        save(checkpoint, state | {"step": step, "spent": spent, "config": CONFIG})
+
+    def one(decoder: nn.Module, excerpt: Excerpt) -> dict[str, float]:
+        with torch.no_grad():
+            latents = model.quantizer.from_codes(excerpt.tokens)[0]
+        return backward(decoder, latents, excerpt, weights, mel, notes, not a.float32)
+
+    saved, sums = spent, Counter[str]()
+    while spent < 60 * a.minutes:
+        started = time.monotonic()
+        rng = np.random.default_rng((a.seed, step))
+        share = spent / (60 * a.minutes)
+        rate = a.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = max(rate, 1e-6)
+        excerpts = [pairs.draw(rng, a.frames + 2 * MARGIN, varied) for varied in (False, True)]
+        results = pool.map(one, (decoder, replica), excerpts)
+        for side, losses in zip(("own", "varied"), results, strict=True):
+            for name, value in losses.items():
+                sums[f"{side} {name}"] += value / 50
+        for parameter, other in zip(trained, replica.parameters(), strict=True):
+            parameter.grad = (parameter.grad + other.grad) / 2
+        norm = nn.utils.clip_grad_norm_(trained, 20.0)
+        if torch.isfinite(norm):
+            optimizer.step()
+        decay = min(0.998, (1 + step) / (20 + step))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                ema[key].lerp_(value, 1 - decay)
+        step += 1
+        spent += time.monotonic() - started
+        if step % 50 == 0:
+            means = " ".join(f"{name} {sums[name]:.3f}" for name in sorted(sums))
+            print(f"step {step} minute {spent / 60:.1f} {means} lr {rate:.1e}", flush=True)
+            sums.clear()
+        if step % 500 == 0:
+            value = validate(model, ema, held, distance)
+            print(f"step {step} validation mel distance {value:.4f}", flush=True)
+        if spent - saved > 180:
+            checkpoint_now()
+            saved = spent
+    checkpoint_now()
+    export(ema, a.out)
+    print(f"finished: validation mel distance {validate(model, ema, held, distance):.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Make variations of the training tracks, for `tune_decoder.py`: what the decoder hears in use.
+
+Frames are kept in all codebooks as tiny's presets keep them, with a period of its own for every
+window. One file per track, uint16 [C, T].
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import vampnet_jax as vampnet
+from codec_bridge.atomic import atomic_write
+from vampnet_jax.prompts import Prompt
+from vampnet_jax.training.excerpts import choose_tracks
+from vampnet_jax.training.tokens import TrackReader, read_manifest
+
+PERIODS = (4, 6, 9, 12)
+"""Of these frames three are kept."""
+STEPS = 6
+"""Of the coarse model; more make no difference with tiny (docs/performance.md)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="name or directory")
+    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
+    parser.add_argument("--out", type=Path, default=Path("data/variations"))
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    manifest = read_manifest(a.tokens)
+    model = vampnet.load(a.model)
+    if manifest.codec.fingerprint != model.codec.fingerprint:
+        sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
+    reader = TrackReader(a.tokens, manifest, choose_tracks(manifest, "train"))
+    window = model.coarse_window
+    for number, track in enumerate(reader.tracks):
+        path = a.out / f"{track.name}.npy"
+        if path.exists():
+            continue
+        tokens = np.asarray(reader.read(number, 0, track.frames)[0])[None]
+        key = jax.random.fold_in(jax.random.key(a.seed), number)
+        rng = np.random.default_rng((a.seed, number))
+        parts = []
+        for start in range(0, track.frames, window):
+            shape = tokens[:, :, start : start + window].shape
+            period = int(rng.choice(PERIODS))
+            prompt = Prompt(periodic=period, width=3, upper_codebooks=shape[1])
+            part_key = jax.random.fold_in(key, start)
+            parts.append(np.asarray(prompt.mask(shape, part_key, frame_rate=25.0)))
+        coarse = model.coarse_sampling.changed(steps=STEPS)
+        made = vampnet.vamp(model, tokens, np.concatenate(parts, axis=2), key, coarse)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.asarray(made)[0].astype(np.uint16))
+        print(f"{number + 1}/{len(reader.tracks)} {track.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
