@@ -1,6 +1,6 @@
 """Try ways of sampling on the validation split: which keep closest to the notes of the input?
 
-For every way, medium variations of a few clips per source: mel distance to the input, chroma
+For every way, variations of a few clips per source: mel distance to the input, chroma
 correlation with it, and the change of level in dB (before the loudness is restored). What is best
 goes into the model's config.json by `assemble.py`.
 """
@@ -11,7 +11,6 @@ from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
 from vampnet_jax.evaluation.distances import mel_distance
-from vampnet_jax.prompts import PRESETS
 from vampnet_jax.sampling import SamplingOptions
 
 OFF = {"typical_mass": None}
@@ -57,9 +56,7 @@ WAYS: dict[str, tuple[dict, dict]] = {
 
 def main() -> None:
     parser = options(__doc__, n_clips=1)
-    parser.add_argument(
-        "--preset", default="medium-variation", choices=list(PRESETS), help="of the original"
-    )
+    parser.add_argument("--preset", default="medium-variation", help="of the model's own")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     a = parser.parse_args()
@@ -74,7 +71,7 @@ def main() -> None:
         rows = []
         for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
             key = jax.random.fold_in(jax.random.key(a.seed), number)
-            mask = PRESETS[a.preset].mask(known.shape, key, frame_rate=frame_rate)
+            mask = model.presets[a.preset].mask(known.shape, key, frame_rate=frame_rate)
             made = vampnet.vamp(
                 model, known, mask, key,
                 SamplingOptions(**{"steps": a.steps, **coarse}),
