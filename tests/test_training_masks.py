@@ -9,7 +9,7 @@ import vampnet_jax as vampnet
 from codec_bridge.errors import InputError
 from vampnet_jax.training import step
 from vampnet_jax.training.config import TrainConfig
-from vampnet_jax.training.objective import draw_level_masks, draw_prompt_masks
+from vampnet_jax.training.objective import draw_gaps, draw_level_masks
 
 MODEL = vampnet.ModelConfig(
     n_codebooks=5,
@@ -68,44 +68,43 @@ def test_that_share_of_the_examples_of_a_step_has_level_masks(share, monkeypatch
 
 @pytest.mark.parametrize(("level", "prompt"), [(0.3, 0.4), (0.0, 1.0), (0.0, 0.0), (0.5, 0.5)])
 def test_the_kinds_of_masks_share_the_examples_of_a_step(level, prompt, monkeypatch):
-    def only(frame):  # a mask that shows which kind it is
-        at = (jnp.arange(20) == frame)[None, None]
+    def only(*frames):  # a mask that shows which kind it is
+        at = jnp.isin(jnp.arange(20), jnp.array(frames))
         return lambda keys, *_: jnp.broadcast_to(at, (len(keys), 5, 20))
 
-    monkeypatch.setattr(step, "draw_masks", only(0))
-    monkeypatch.setattr(step, "draw_prompt_masks", only(1))
+    monkeypatch.setattr(step, "draw_masks", only(0, 1))
+    monkeypatch.setattr(step, "draw_gaps", lambda keys, n: jnp.tile(jnp.arange(n) == 1, (64, 1)))
     monkeypatch.setattr(step, "draw_level_masks", only(2))
-    masks = masks_of_step(monkeypatch, level_masks=level, prompt_masks=prompt)
-    shares = masks[:, 0, :3].mean(axis=0)
-    assert shares.sum() == 1
+    masks = masks_of_step(monkeypatch, level_masks=level, prompt_masks=prompt)[:, 0]
+    shares = [masks[:, 0].mean(), (masks[:, 1] & ~masks[:, 0]).mean(), masks[:, 2].mean()]
+    assert sum(shares) == 1
     np.testing.assert_allclose(shares, [1 - level - prompt, prompt, level], atol=0.17)
 
 
-def test_frames_of_a_prompt_are_known_in_all_codebooks_and_come_again_after_a_period():
-    n = 200
-    keys = jax.random.split(jax.random.key(4), n)
-    mask = np.asarray(draw_prompt_masks(keys, jnp.zeros(n), 80, MODEL))  # r = 0 masks all of a gap
-    assert not mask[:, :2].any()  # conditioning codebooks
-    assert (mask[:, 2:] == mask[:, 2:3]).all()
+def test_frames_of_a_prompt_come_again_after_a_period():
+    gaps = np.asarray(draw_gaps(jax.random.split(jax.random.key(4), 200), 80))
     shapes = set()
-    for gap in mask[:, 2]:
+    for gap in gaps:
         period = next(p for p in range(2, 17) if (gap[p:] == gap[:-p]).all())
-        kept = int(period - gap[:period].sum())
         starts = np.flatnonzero(gap[:-1] & ~gap[1:])
         assert (np.diff(starts) == period).all()  # one run of kept frames per period
-        shapes.add((period, kept))
-    assert {p for p, _ in shapes} == set(range(2, 17))
-    assert {w for _, w in shapes} == {1, 2, 3, 4}
+        shapes.add((period, int(period - gap[:period].sum())))
+    assert {period for period, _ in shapes} == set(range(2, 17))
+    assert {kept for _, kept in shapes} == {1, 2, 3, 4}
 
 
-def test_of_a_gap_the_ratio_decides_how_many_tokens_are_masked():
-    keys = jax.random.split(jax.random.key(4), 6)
-    gaps = draw_prompt_masks(keys, jnp.zeros(6), 2000, MODEL)
-    mask = draw_prompt_masks(keys, RATIOS, 2000, MODEL)
-    assert not (mask & ~gaps).any()
-    for example, ratio in enumerate(RATIOS):
-        share = mask[example].sum() / gaps[example].sum()
-        assert share == pytest.approx(np.cos(np.pi / 2 * ratio), abs=0.04)
+def test_gaps_of_an_example_do_not_depend_on_the_others():
+    keys = jax.random.split(jax.random.key(4), 5)
+    np.testing.assert_array_equal(draw_gaps(keys[2:3], 50), draw_gaps(keys, 50)[2:3])
+
+
+def test_prompt_masks_hide_only_what_lies_in_gaps_and_is_masked_at_random(monkeypatch):
+    gaps = jnp.arange(20) % 4 >= 2
+    monkeypatch.setattr(step, "draw_gaps", lambda keys, n: jnp.tile(gaps, (len(keys), 1)))
+    plain = masks_of_step(monkeypatch)
+    np.testing.assert_array_equal(
+        masks_of_step(monkeypatch, prompt_masks=1.0), plain & np.asarray(gaps)
+    )
 
 
 @pytest.mark.parametrize("name", ["level_masks", "prompt_masks"])

@@ -77,14 +77,13 @@ def least_confident(confidence: jax.Array, masked: jax.Array, count: jax.Array) 
     """Of the masked positions `[B, T, C]` the `count` `[B]` least confident, exactly."""
     flat = jnp.where(masked, confidence, jnp.inf).reshape(len(count), -1)
     wanted = count[:, None].astype(jnp.float32)
-    # By bisection: several times as fast as sorting, on CPUs.
-    kept = filters.smallest_prefix(flat, lambda kept: filters.count(kept) >= wanted)
-    last = jnp.max(jnp.where(kept, flat, -jnp.inf), axis=-1, keepdims=True)
+    # Ties go frame by frame. By bisection: several times as fast as sorting, on CPUs.
+    first = filters.smallest_prefix(flat, lambda within: filters.count(within) >= wanted)
+    last = jnp.max(jnp.where(first, flat, -jnp.inf), axis=-1, keepdims=True)
     below, ties = flat < last, flat == last
     room = wanted - filters.count(below)
-    chosen = below | (
-        ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.float32) <= room)
-    )  # ties go frame by frame
+    position = jnp.cumsum(ties, axis=-1, dtype=jnp.float32)
+    chosen = below | (ties & (position <= room))
     return chosen.reshape(masked.shape) & masked
 
 

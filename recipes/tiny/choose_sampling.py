@@ -63,6 +63,8 @@ def main() -> None:
     audio = [clip for _, clip in clips(a.music, a.split, "validation", a.clips)]
     model = vampnet.load(a.model)
     codec = model.codec
+    if a.preset not in model.presets:
+        parser.error(f"--preset must be one of {', '.join(model.presets)}")
     tokens = [codec.encode(clip[None]) for clip in audio]
     frame_rate = codec.sample_rate / codec.hop_length
     print("| | mel distance | chroma correlation | level, dB |\n|---|---|---|---|")

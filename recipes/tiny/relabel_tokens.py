@@ -22,8 +22,9 @@ def makes_the_same_tokens(a: Codec, b: Codec) -> bool:
         return {n: t for n, t in codec.tensors.items() if not n.startswith("decoder.")}
 
     ours, theirs = others(a), others(b)
-    same_config = (a.kind, a.config) == (b.kind, b.config)
-    return same_config and all(np.array_equal(t, theirs.get(n)) for n, t in ours.items())
+    if (a.kind, a.config) != (b.kind, b.config) or ours.keys() != theirs.keys():
+        return False
+    return all(np.array_equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def main() -> None:

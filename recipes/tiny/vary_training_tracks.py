@@ -37,21 +37,22 @@ def main() -> None:
     if manifest.codec.fingerprint != model.codec.fingerprint:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
     reader = TrackReader(a.tokens, manifest, choose_tracks(manifest, "train"))
-    window = model.coarse_window
+    window, frame_rate = model.coarse_window, model.codec.frame_rate
     for number, track in enumerate(reader.tracks):
         path = a.out / f"{track.name}.npy"
         if path.exists():
             continue
         tokens = np.asarray(reader.read(number, 0, track.frames)[0])[None]
         key = jax.random.fold_in(jax.random.key(a.seed), number)
+        mask_key, key = jax.random.split(key)
         rng = np.random.default_rng((a.seed, number))
         parts = []
         for start in range(0, track.frames, window):
             shape = tokens[:, :, start : start + window].shape
             period = int(rng.choice(PERIODS))
             prompt = Prompt(periodic=period, width=3, upper_codebooks=shape[1])
-            part_key = jax.random.fold_in(key, start)
-            parts.append(np.asarray(prompt.mask(shape, part_key, frame_rate=25.0)))
+            part_key = jax.random.fold_in(mask_key, start)
+            parts.append(np.asarray(prompt.mask(shape, part_key, frame_rate=frame_rate)))
         coarse = model.coarse_sampling.changed(steps=STEPS)
         made = vampnet.vamp(model, tokens, np.concatenate(parts, axis=2), key, coarse)
         path.parent.mkdir(parents=True, exist_ok=True)

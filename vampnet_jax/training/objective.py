@@ -18,9 +18,9 @@ GOLDEN = 2654435769
 """2³² divided by the golden ratio, odd: its multiples mod 2³² are a low-discrepancy sequence."""
 
 LONGEST_PERIOD = 16
-"""Frames; the longest period of `draw_prompt_masks`."""
+"""Frames; the longest period of `draw_gaps`."""
 WIDEST_KEPT = 4
-"""Frames; how many of a period `draw_prompt_masks` keeps at most."""
+"""Frames; how many of a period `draw_gaps` keeps at most."""
 
 RATIO_BINS = {
     "r<0.5": (0.0, 0.5),
@@ -99,20 +99,18 @@ def draw_level_masks(
     return own | (codebooks > level)
 
 
-def draw_prompt_masks(
-    keys: jax.Array, ratios: jax.Array, n_frames: int, config: ModelConfig
-) -> jax.Array:
-    """Mask as while a periodic prompt is filled in: between kept frames, not everywhere.
+def draw_gaps(keys: jax.Array, n_frames: int) -> jax.Array:
+    """The frames that a periodic prompt leaves to the model, one prompt per example.
 
-    Every example has a period of 2 to `LONGEST_PERIOD` frames, and at the start of each, after a
-    random offset, some frames that are kept in all codebooks. Of the tokens in the gaps, each is
-    masked with probability cos(π r / 2).
+    A prompt has a period of 2 to `LONGEST_PERIOD` frames, and at the start of each, after a random
+    offset, 1 to `WIDEST_KEPT` frames that are kept.
 
     Args:
-      keys, ratios, n_frames, config: as for `draw_masks`.
+      keys: one random key per example, `[B]`; an example's gaps do not depend on the others.
+      n_frames: T.
 
     Returns:
-      bool `[B, C, T]`, True = masked.
+      bool `[B, T]`, True = in a gap; in very short excerpts there may be none.
     """
 
     def in_gap(key: jax.Array) -> jax.Array:
@@ -122,9 +120,7 @@ def draw_prompt_masks(
         offset = jax.random.randint(offset_key, (), 0, period)
         return (jnp.arange(n_frames) + offset) % period >= width
 
-    # Its own stream, so that gaps do not depend on which of their tokens are masked.
-    gaps = jax.vmap(lambda key: in_gap(jax.random.fold_in(key, 2)))(keys)
-    return draw_masks(keys, ratios, n_frames, config) & gaps[:, None]
+    return jax.vmap(in_gap)(keys)
 
 
 def masked_sums(

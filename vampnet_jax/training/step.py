@@ -13,9 +13,9 @@ from vampnet_jax.model import Params, init
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.objective import (
     Sums,
+    draw_gaps,
     draw_level_masks,
     draw_masks,
-    draw_prompt_masks,
     mask_ratios,
     masked_sums,
     metrics_by_ratio,
@@ -217,10 +217,11 @@ def _draw_mask(
     if not config.level_masks and not config.prompt_masks:
         return mask
     chosen = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
-    chosen = chosen[:, None, None]
+    chosen = chosen[:, None, None]  # level masks take the lowest, prompt masks the next
     if config.prompt_masks:
-        prompted = draw_prompt_masks(keys, ratios, n_frames, config.model)
-        mask = jnp.where(chosen < config.level_masks + config.prompt_masks, prompted, mask)
+        gaps = draw_gaps(jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys), n_frames)
+        prompted = chosen < config.level_masks + config.prompt_masks
+        mask = jnp.where(prompted, mask & gaps[:, None], mask)
     if config.level_masks:
         by_level = draw_level_masks(keys, ratios, n_frames, config.model, examples)
         mask = jnp.where(chosen < config.level_masks, by_level, mask)
