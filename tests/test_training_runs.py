@@ -72,7 +72,15 @@ def test_the_unigram_yardstick_is_the_loss_of_token_frequencies_on_the_same_mask
     assert frequencies[1][1] < 1e-3 < frequencies[1][2]  # 2f mod 16 is never odd
     uniform = validation.score_unigram(np.full((3, 16), 1 / 16))
     assert uniform["log_loss"] == pytest.approx(math.log(16))
-    assert validation.score_unigram(frequencies)["log_loss"] < math.log(16) - 0.1
+    scores = validation.score_unigram(frequencies)
+    assert scores["log_loss"] < math.log(16) - 0.1
+    half = validation.ratios >= 0.5
+    masked = validation.mask[half]
+    likeliest = frequencies.argmax(axis=1)[:, None]  # [C, 1]
+    assert scores["top1/r>=0.5"] == pytest.approx(
+        (validation.tokens[half] == likeliest)[masked].mean()
+    )
+    assert scores["top25/r>=0.5"] == 1  # of 16 tokens
 
 
 # --- runs

@@ -21,6 +21,7 @@ import soxr
 
 SAMPLE_RATE = 24_000
 SHARE = 0.08  # of a source's seconds that validation and test each get, at least
+VARIANT = "~"  # between the name of a track and the number of its variant
 SOURCES = {  # source → files below the data folder
     "wesnoth": "extracted/wesnoth-1.16-music/**/music/*.ogg",
     "planetblupi": "extracted/planetblupi-music-ogg/**/music/*.ogg",
@@ -44,9 +45,8 @@ def track_name(path: Path) -> str:
 
 def work_of(source: str, track: str) -> str:
     """What must not be torn apart: the movements of a work, the versions of a piece."""
-    if source == "scores":
-        return track.split("--")[0] if "--" in track else track
-    return re.sub(r"-old$", "", track)
+    track = track.partition(VARIANT)[0]
+    return track.partition("--")[0] if source == "scores" else track.removesuffix("-old")
 
 
 def decode(path: Path, target: Path) -> dict[str, float]:
@@ -73,13 +73,13 @@ def assign(split: dict[str, list[str]], source: str, seconds: dict[str, float]) 
         side = placed.get(f"{source}/{track}")
         if side in held:
             held[side] += length
-    goal = SHARE * sum(seconds.values())
+    goal = 0.0 if min(held.values()) > 0 else SHARE * sum(seconds.values())
     for work in sorted(works, key=lambda w: hashlib.sha256(f"{source}/{w}".encode()).hexdigest()):
         names = [f"{source}/{track}" for track in sorted(works[work])]
         sides = {placed[name] for name in names if name in placed}
         side = min(sides) if sides else next((s for s in held if held[s] < goal), "train")
         for name in names:
-            if name not in placed:
+            if name not in placed and (goal or side == "train"):
                 split[side].append(name)
                 if side in held:
                     held[side] += seconds[name.split("/", 1)[1]]

@@ -56,13 +56,16 @@ def measure_stage(
     frequencies: np.ndarray,
     count: int,
 ) -> dict[str, dict[str, float]]:
-    """Nats per masked token of the model and of the unigram model, all and by source."""
+    """What `Validation.score` gives for the model, untrained, and for the unigram model."""
     tracks, _ = long_enough(reader.tracks, window, "test")
     reader = TrackReader(folder, reader.manifest, tracks)
     validation = Validation(reader, stage.config, window, count, 4)
+    codebooks = stage.params["embedding"]["codebooks"]
+    untrained = vampnet.init(jax.random.key(0), stage.config, codebooks)
     return {
-        "model": validation.score(stage.params),
+        "untrained": validation.score(untrained),
         "unigram": validation.score_unigram(frequencies),
+        "model": validation.score(stage.params),
     }
 
 
@@ -138,13 +141,16 @@ def main() -> None:
     ):
         rows = measure_stage(stage, window, a.tokens, test, frequencies, a.excerpts)
         result[name] = rows
-        print(f"\n| {name}, nats per masked token | unigram | model | margin |\n|---|---|---|---|")
-        for key, unigram in rows["unigram"].items():
-            own = rows["model"][key]
-            source = key.partition("/")[2] or "all"
-            print(f"| {source} | {unigram:.3f} | {own:.3f} | {unigram - own:.3f} |")
-        accuracies = {k: round(v, 4) for k, v in rows["model"].items() if k.startswith("top")}
-        print(f"accuracies: {accuracies}")
+        print(f"\n| {name}, nats per masked token | untrained | unigram | model | margin |")
+        print("|---|---|---|---|---|")
+        for key in (k for k in rows["model"] if k.partition("/")[0] == "log_loss"):
+            values = {who: scores[key] for who, scores in rows.items()}
+            cells = " | ".join(f"{value:.3f}" for value in values.values())
+            margin = values["unigram"] - values["model"]
+            print(f"| {key.partition('/')[2] or 'all'} | {cells} | {margin:.3f} |")
+        print(f"\n| {name}, accuracy | untrained | unigram | model |\n|---|---|---|---|")
+        for key in ("top1/r<0.5", "top1/r>=0.5", "top25/r<0.5", "top25/r>=0.5"):
+            print(f"| {key} | " + " | ".join(f"{row[key]:.1%}" for row in rows.values()) + " |")
     varied = [clip for i, clip in enumerate(audio) if i % a.clips < a.varied]
     result["variations"] = measure_variations(model, varied, a.seed)
     print("\n| | mel distance to the input | chroma correlation |\n|---|---|---|")

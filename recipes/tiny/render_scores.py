@@ -4,10 +4,14 @@ The scores come with music21. Every work gets an ensemble and, where the score h
 marking, a tempo, both drawn from the hash of its name, so that a second run renders the same.
 Writes `data/scores/<composer>-<work>--<movement>.flac` (24 kHz mono); tracks already there are
 kept. Works of several movements share the part of the name before `--`.
+
+With `--variants`, scores of the training split are rendered again, as `<track>~1`, `<track>~2`, …:
+other ensembles, up to four semitones higher or lower, and with one part in four left out.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -78,13 +82,24 @@ def chosen_scores() -> list[tuple[str, Path]]:
     return [(name, path) for _, name, path in sorted(rows)]
 
 
-def render(name: str, path: Path, sound_font: Path, longest: float) -> np.ndarray:
-    """The score as float32 mono audio at 24 kHz, at most `longest` seconds."""
-    work = name.split("--")[0]
+def render(name: str, path: Path, variant: int, sound_font: Path, longest: float) -> np.ndarray:
+    """The score as float32 mono audio at 24 kHz, at most `longest` seconds.
+
+    Variant 0 is the score as it stands.
+    """
+    work = name.split("--")[0] + f"~{variant}" * (variant > 0)
     rng = random.Random(int(hashlib.sha256(work.encode()).hexdigest()[:8], 16))
     ensemble, beats = rng.choice(ENSEMBLES), rng.randint(66, 116)
     score = converter.parse(path)
     parts = list(score.parts)
+    if variant:
+        left_out = [part for part in parts if rng.random() < 0.25][: len(parts) - 1]
+        for part in left_out:
+            score.remove(part)
+        parts = [part for part in parts if part not in left_out]
+        amount = rng.choice([-4, -3, -2, -1, 1, 2, 3, 4])
+        for part in parts:
+            part.transpose(amount, inPlace=True)
     for i, part in enumerate(parts):
         for old in list(part.recurse().getElementsByClass(instrument.Instrument)):
             part.remove(old, recurse=True)
@@ -95,18 +110,8 @@ def render(name: str, path: Path, sound_font: Path, longest: float) -> np.ndarra
     with tempfile.TemporaryDirectory() as folder:
         midi = f"{folder}/score.mid"
         score.write("midi", midi)
-        command = [
-            "fluidsynth",
-            "-niq",
-            "-g",
-            "0.6",
-            "-r",
-            "48000",
-            "-T",
-            "raw",
-            "-F",
-            "/dev/stdout",
-        ]
+        options = ["-niq", "-g", "0.6", "-r", "48000", "-T", "raw", "-F", "/dev/stdout"]
+        command = ["fluidsynth", *options, sound_font, midi]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as synth:
             raw = synth.stdout.read(int(longest * 48_000) * 4)  # stereo int16; then it is stopped
             synth.kill()
@@ -122,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--minutes", type=float, default=240, help="of music in all")
+    parser.add_argument("--variants", type=int, default=0, help="of every training score")
     parser.add_argument("--longest", type=float, default=240, help="seconds per track")
     a = parser.parse_args()
     sound_font = a.data / SOUND_FONT
@@ -129,23 +135,27 @@ def main() -> None:
         sys.exit(f"{sound_font} does not exist; run fetch.sh first")
     out = a.data / "scores"
     out.mkdir(parents=True, exist_ok=True)
+    split = Path(__file__).parent / "split.json"
+    training = json.loads(split.read_text())["train"] if split.exists() else []
     seconds = 0.0
     for name, path in chosen_scores():
         if seconds > 60 * a.minutes:
             break
-        target = out / f"{name}.flac"
-        if not target.exists():
-            try:
-                audio = render(name, path, sound_font, a.longest)
-            except Exception as error:  # music21 raises whatever a score's quirk leads to
-                print(f"{name}: left out ({type(error).__name__}: {error})", flush=True)
-                continue
-            temporary = out / f".{name}.part"
-            soundfile.write(temporary, audio, SAMPLE_RATE, format="FLAC")
-            os.replace(temporary, target)
-        length = soundfile.info(target).duration
-        seconds += length
-        print(f"{name}: {length:.0f} s, {seconds / 60:.1f} minutes in all", flush=True)
+        variants = a.variants if f"scores/{name}" in training else 0
+        for variant in range(variants + 1):
+            target = out / f"{name}{f'~{variant}' * (variant > 0)}.flac"
+            if not target.exists():
+                try:
+                    audio = render(name, path, variant, sound_font, a.longest)
+                except Exception as error:  # music21 raises whatever a score's quirk leads to
+                    print(f"{target.stem}: left out ({type(error).__name__}: {error})", flush=True)
+                    continue
+                temporary = out / f".{target.stem}.part"
+                soundfile.write(temporary, audio, SAMPLE_RATE, format="FLAC")
+                os.replace(temporary, target)
+            length = soundfile.info(target).duration
+            seconds += length
+            print(f"{target.stem}: {length:.0f} s, {seconds / 60:.1f} minutes in all", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Half of the excerpts are decoded from the tokens of the music, the other half fr
 phase. Of gaps only magnitudes are asked for, so the decoder learns to make the most likely
 spectrum out of tokens that fit badly, as in use. The waveform counts less than in
 train_codec.py: what phase the tokens carry is settled, and mel distance suffers from it.
+With `--adversarial`, descript-audio-codec's discriminator judges what is decoded (adversary.py).
 """
 
 import argparse
@@ -20,9 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
+from adversary import decoder_losses, discriminator, discriminator_loss
 from torch import nn
 from train_codec import (
     CONFIG,
+    SAMPLE_RATE,
     SCALES,
     Excerpts,
     MelDistance,
@@ -111,9 +114,11 @@ def backward(
     weights: dict[str, float],
     mel: nn.Module,
     notes: nn.Module,
+    judge: nn.Module | None,
+    judge_learns: bool,
     bfloat16: bool,
 ) -> dict[str, float]:
-    """Set the decoder's gradients for one excerpt → its losses by name."""
+    """Set the gradients of the decoder, and of a judge that learns, for one excerpt → losses."""
     torch.set_num_threads(1)
     decoder.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -123,8 +128,34 @@ def backward(
     kept = excerpt.kept.repeat_interleave(HOP)[inside]
     wrong = (notes(out.squeeze(1)) - notes(audio.squeeze(1))).abs().mean()
     losses = {"mel": mel(out, audio), "notes": wrong, "wave": wave_error(out, audio, kept)}
+    if judge is not None:
+        judge.requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            losses["verdict"], losses["features"] = decoder_losses(judge, out, audio)
     sum(weights[name] * value for name, value in losses.items()).backward()
+    if judge is not None and judge_learns:
+        judge.requires_grad_(True).zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            losses["judge"] = discriminator_loss(judge, out, audio)
+        losses["judge"].backward()
     return {name: value.item() for name, value in losses.items()}
+
+
+def share(replica: nn.Module, module: nn.Module) -> nn.Module:
+    """Let `replica` have the parameters of `module`, with gradients of its own."""
+    for parameter, own in zip(replica.parameters(), module.parameters(), strict=True):
+        parameter.data = own.data
+    return replica
+
+
+def update(
+    optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], others: list[nn.Parameter]
+) -> None:
+    """One step along the mean of two replicas' gradients, unless they are not finite."""
+    for parameter, other in zip(trained, others, strict=True):
+        parameter.grad = (parameter.grad + other.grad) / 2
+    if torch.isfinite(nn.utils.clip_grad_norm_(trained, 20.0)):
+        optimizer.step()
 
 
 def main() -> None:
@@ -142,6 +173,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
     parser.add_argument("--wave", type=float, default=1.0, help="weight of the waveform error")
     parser.add_argument("--notes", type=float, default=4.0, help="weight of the notes' error")
+    parser.add_argument(
+        "--adversarial",
+        type=float,
+        default=0.0,
+        help="weight of the discriminator's verdict; its features count twice as much",
+    )
     parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -165,41 +202,53 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, spent = state["ema"], state["step"], state["spent"]
-    replica = dac.DAC(**CONFIG).decoder
-    for parameter, own in zip(replica.parameters(), trained, strict=True):
-        parameter.data = own.data
+    replica = share(dac.DAC(**CONFIG).decoder, decoder)
+    judges: list[nn.Module] = []
+    if a.adversarial:
+        judges = [discriminator(SAMPLE_RATE) for _ in range(2)]
+        share(judges[1], judges[0])
+        judging = list(judges[0].parameters())
+        judge_optimizer = torch.optim.AdamW(judging, lr=2e-4, betas=(0.8, 0.99))
+        if checkpoint.exists():
+            judges[0].load_state_dict(state["judge"])
+            judge_optimizer.load_state_dict(state["judge_optimizer"])
     mel, notes = MelDistance(SCALES), Notes(8192, HOP)
     distance = MelDistance([(2048, 150), (512, 80)])
     weights = {"mel": 1.0, "notes": a.notes, "wave": a.wave}
+    weights |= {"verdict": a.adversarial, "features": 2 * a.adversarial}
     pool = ThreadPoolExecutor(2)
 
     def checkpoint_now() -> None:
         state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
+        if judges:
+            state["judge"] = judges[0].state_dict()
+            state["judge_optimizer"] = judge_optimizer.state_dict()
         save(checkpoint, state | {"step": step, "spent": spent, "config": CONFIG})
 
-    def one(decoder: nn.Module, excerpt: Excerpt) -> dict[str, float]:
+    def one(decoder: nn.Module, excerpt: Excerpt, judge: nn.Module | None) -> dict[str, float]:
         with torch.no_grad():
             latents = model.quantizer.from_codes(excerpt.tokens)[0]
-        return backward(decoder, latents, excerpt, weights, mel, notes, not a.float32)
+        learns = step % 2 == 0  # it is quicker to learn than the decoder
+        return backward(
+            decoder, latents, excerpt, weights, mel, notes, judge, learns, not a.float32
+        )
 
     saved, sums = spent, Counter[str]()
     while spent < 60 * a.minutes:
         started = time.monotonic()
         rng = np.random.default_rng((a.seed, step))
-        share = spent / (60 * a.minutes)
-        rate = a.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * share)) / 2
+        done = spent / (60 * a.minutes)
+        rate = a.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-6)
         excerpts = [pairs.draw(rng, a.frames + 2 * MARGIN, varied) for varied in (False, True)]
-        results = pool.map(one, (decoder, replica), excerpts)
+        results = pool.map(one, (decoder, replica), excerpts, judges or (None, None))
         for side, losses in zip(("own", "varied"), results, strict=True):
             for name, value in losses.items():
-                sums[f"{side} {name}"] += value / 50
-        for parameter, other in zip(trained, replica.parameters(), strict=True):
-            parameter.grad = (parameter.grad + other.grad) / 2
-        norm = nn.utils.clip_grad_norm_(trained, 20.0)
-        if torch.isfinite(norm):
-            optimizer.step()
+                sums[f"{side} {name}"] += value / (25 if name == "judge" else 50)
+        update(optimizer, trained, list(replica.parameters()))
+        if judges and step % 2 == 0:
+            update(judge_optimizer, judging, list(judges[1].parameters()))
         decay = min(0.998, (1 + step) / (20 + step))
         with torch.no_grad():
             for key, value in model.state_dict().items():

@@ -4,7 +4,7 @@ Neither the excerpts nor the masks depend on a run's seed, so runs can be compar
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from vampnet_jax.training.distributed import settle
 from vampnet_jax.training.excerpts import fixed_excerpts
 from vampnet_jax.training.objective import (
     RATIO_BINS,
+    TOP_K,
     Sums,
     draw_masks,
     mask_ratios,
@@ -74,15 +75,23 @@ class Validation:
         return self._metrics([settle(self._score(params, *batch)) for batch in self._batches()])
 
     def score_unigram(self, frequencies: np.ndarray) -> dict[str, float]:
-        """Score the model that knows only how frequent each token is: `[C, V]`, summing to 1."""
+        """Score the model that knows only how frequent each token is: `[C, V]`, summing to 1.
+
+        Returns:
+          What `score` does.
+        """
         given = self.config.n_conditioning_codebooks
-        log_loss = -np.log(frequencies)
-        losses = np.stack(
-            [log_loss[c][self.tokens[:, c]] for c in range(given, self.config.n_codebooks)], axis=1
-        )  # [N, Cp, T]
-        scored = self.mask[:, given:]
-        counts, sums = scored.sum((1, 2)), (losses * scored).sum((1, 2))
-        return self._loss_by_source(counts, sums)
+        codebooks = np.arange(given, self.config.n_codebooks)[:, None]  # [Cp, 1]
+        tokens, scored = self.tokens[:, given:], self.mask[:, given:]  # [N, Cp, T]
+        log_loss = -np.log(frequencies)[codebooks, tokens]
+        rank = np.argsort(np.argsort(-frequencies, axis=1), axis=1)[codebooks, tokens]
+
+        def total(values: np.ndarray) -> jax.Array:
+            return jnp.asarray((values * scored).sum((1, 2)))
+
+        loss = total(log_loss)
+        counted = total(np.ones_like(log_loss))
+        return self._metrics([Sums(counted, loss, loss, total(rank == 0), total(rank < TOP_K))])
 
     def _batches(self) -> Iterator[tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]]:
         n, size = len(self.tokens), self.batch_size
@@ -96,7 +105,7 @@ class Validation:
             else:
                 yield self._layout.divide(tokens), self._layout.divide(mask)
 
-    def _metrics(self, batches: list[Sums]) -> dict[str, float]:
+    def _metrics(self, batches: Sequence[Sums]) -> dict[str, float]:
         def joined(name: str) -> np.ndarray:
             values = np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
             return values[: len(self.tokens)].astype(np.float64)

@@ -1,0 +1,63 @@
+"""Every training track of the game music twice more: higher and faster, and lower and slower.
+
+By one to three semitones, as a tape that runs at another speed: resampled, so nothing is smeared
+as a phase vocoder would. (Scores are rendered anew instead: render_scores.py --variants.) Reads and
+adds to `data/music`, its `index.json` and `split.json`, after cache_music.py. Copies already there
+are kept.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from cache_music import SAMPLE_RATE, SPLIT_FILE, VARIANT, write_json
+
+
+def semitones(name: str, copy: int) -> int:
+    """1 to 3 up for the first copy, down for the second; drawn from the name."""
+    amount = 1 + hashlib.sha256(f"{name}{VARIANT}{copy}".encode()).digest()[0] % 3
+    return amount if copy == 1 else -amount
+
+
+def shift(source: Path, target: Path, amount: int) -> float:
+    """Write the track `amount` semitones higher → its seconds."""
+    audio, rate = soundfile.read(source, dtype="float32")
+    audio = soxr.resample(audio, rate * 2 ** (amount / 12), rate)
+    audio /= max(1.001 * float(np.abs(audio).max(initial=0.0)), 1.0)
+    temporary = target.with_name("." + target.name)
+    soundfile.write(temporary, audio, rate, subtype="PCM_16")
+    os.replace(temporary, target)
+    return len(audio) / SAMPLE_RATE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--music", type=Path, default=Path("data/music"))
+    a = parser.parse_args()
+    index_file = a.music / "index.json"
+    index = json.loads(index_file.read_text())
+    split = json.loads(SPLIT_FILE.read_text())
+    originals = [name for name in split["train"] if VARIANT not in name and name in index]
+    for name in originals:
+        if name.startswith("scores/"):
+            continue
+        for copy in (1, 2):
+            new, amount = f"{name}{VARIANT}{copy}", semitones(name, copy)
+            target = a.music / f"{new}.wav"
+            if new not in index or not target.exists():
+                seconds = shift(a.music / f"{name}.wav", target, amount)
+                index[new] = {"seconds": round(seconds, 2), "loudness": index[name]["loudness"]}
+                write_json(index_file, index)
+                print(f"{new}: {amount:+d} semitones, {seconds:.0f} s", flush=True)
+    variants = {name for name in index if name.partition(VARIANT)[0] in originals}
+    split["train"] = sorted(variants.union(split["train"]))
+    write_json(SPLIT_FILE, split)
+
+
+if __name__ == "__main__":
+    main()
