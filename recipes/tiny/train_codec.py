@@ -78,6 +78,15 @@ class Snake(torch.autograd.Function):
         return torch.addcmul(gradient, gradient, double_sine), by_alpha
 
 
+def track_weights(sources: list[str], seconds: list[float]) -> np.ndarray:
+    """How often to draw from each track: from large sources more, but not in proportion."""
+    weights = np.array(seconds)
+    for source in set(sources):
+        here = np.array(sources) == source
+        weights[here] /= math.sqrt(weights[here].sum())
+    return weights / weights.sum()
+
+
 class Excerpts:
     """Random excerpts of the tracks on one side of the split, at about -24 LUFS."""
 
@@ -90,13 +99,9 @@ class Excerpts:
         self.files = [music / f"{n}.wav" for n in names]
         self.lengths = [soundfile.info(file).frames for file in self.files]
         self.gains = [10 ** ((-24 - max(index[n]["loudness"], -60)) / 20) for n in names]
-        seconds = np.array([index[n]["seconds"] for n in names])
-        sources = np.array([n.split("/")[0] for n in names])
-        weights = np.zeros(len(names))
-        for source in set(sources):  # large sources are drawn more, but not in proportion
-            here = sources == source
-            weights[here] = seconds[here] / math.sqrt(seconds[here].sum())
-        self.weights = weights / weights.sum()
+        self.weights = track_weights(
+            [n.split("/")[0] for n in names], [index[n]["seconds"] for n in names]
+        )
 
     def draw(self, rng: np.random.Generator, n: int, samples: int, spread: float) -> torch.Tensor:
         """[n, 1, samples] float32; the gain varies by a normal of `spread` dB."""

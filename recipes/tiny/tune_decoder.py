@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.signal
 import soundfile
 import torch
 from adversary import decoder_losses, discriminator, discriminator_loss
+from cache_music import VARIANT
 from torch import nn
 from train_codec import (
     CONFIG,
@@ -33,6 +35,7 @@ from train_codec import (
     Snake,
     export,
     save,
+    track_weights,
     validate,
 )
 
@@ -58,7 +61,8 @@ class Pairs:
 
     def __init__(self, music: Path, tokens: Path, variations: Path):
         manifest = read_manifest(tokens)
-        self.reader = TrackReader(tokens, manifest, choose_tracks(manifest, "train"))
+        originals = [t for t in choose_tracks(manifest, "train") if VARIANT not in t.name]
+        self.reader = TrackReader(tokens, manifest, originals)
         self.tracks = self.reader.tracks
         self.files = [music / f"{track.name}.wav" for track in self.tracks]
         index = json.loads((music / "index.json").read_text())
@@ -69,13 +73,9 @@ class Pairs:
             )
             self.gains.append(min(10 ** ((-24 - index[track.name]["loudness"]) / 20), 1 / peak))
         self.varied = [np.load(variations / f"{t.name}.npy", mmap_mode="r") for t in self.tracks]
-        seconds = np.array([track.seconds for track in self.tracks])
-        sources = np.array([track.source for track in self.tracks])
-        weights = np.zeros(len(seconds))
-        for source in set(sources):  # as train_codec.py draws them
-            here = sources == source
-            weights[here] = seconds[here] / math.sqrt(seconds[here].sum())
-        self.weights = weights / weights.sum()
+        self.weights = track_weights(
+            [track.source for track in self.tracks], [track.seconds for track in self.tracks]
+        )
 
     def draw(self, rng: np.random.Generator, frames: int, varied: bool) -> Excerpt:
         """A random excerpt that is not silent."""
@@ -107,6 +107,28 @@ def wave_error(x: torch.Tensor, y: torch.Tensor, kept: torch.Tensor) -> torch.Te
     return ((x - y).square() * kept).sum() / energy
 
 
+class Buzz(nn.Module):
+    """How much more alike the treble of `x` is to itself a frame later than that of `y` is.
+
+    The decoder sees nothing but frames: what it makes alike in all of them has the pitch of the
+    frame rate. Mean |difference| of the correlations, one and two frames later.
+    """
+
+    def __init__(self, above: float = 1500.0, taps: int = 129):
+        super().__init__()
+        filters = scipy.signal.firwin(taps, above, pass_zero="highpass", fs=SAMPLE_RATE)
+        self.register_buffer("filters", torch.from_numpy(filters).float()[None, None])
+
+    def likeness(self, x: torch.Tensor) -> torch.Tensor:
+        """[2] correlations of the treble of [1, 1, samples] with itself."""
+        treble = nn.functional.conv1d(x, self.filters).flatten()
+        pairs = ((treble[lag:], treble[:-lag]) for lag in (HOP, 2 * HOP))
+        return torch.stack([nn.functional.cosine_similarity(*p, dim=0, eps=1e-4) for p in pairs])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (self.likeness(x) - self.likeness(y)).abs().mean()
+
+
 def backward(
     decoder: nn.Module,
     latents: torch.Tensor,
@@ -114,6 +136,7 @@ def backward(
     weights: dict[str, float],
     mel: nn.Module,
     notes: nn.Module,
+    buzz: nn.Module,
     judge: nn.Module | None,
     judge_learns: bool,
     bfloat16: bool,
@@ -128,6 +151,7 @@ def backward(
     kept = excerpt.kept.repeat_interleave(HOP)[inside]
     wrong = (notes(out.squeeze(1)) - notes(audio.squeeze(1))).abs().mean()
     losses = {"mel": mel(out, audio), "notes": wrong, "wave": wave_error(out, audio, kept)}
+    losses["buzz"] = buzz(out, audio)
     if judge is not None:
         judge.requires_grad_(False)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -174,6 +198,9 @@ def main() -> None:
     parser.add_argument("--wave", type=float, default=1.0, help="weight of the waveform error")
     parser.add_argument("--notes", type=float, default=4.0, help="weight of the notes' error")
     parser.add_argument(
+        "--buzz", type=float, default=0.5, help="weight of treble being the same in every frame"
+    )
+    parser.add_argument(
         "--adversarial",
         type=float,
         default=0.0,
@@ -214,7 +241,8 @@ def main() -> None:
             judge_optimizer.load_state_dict(state["judge_optimizer"])
     mel, notes = MelDistance(SCALES), Notes(8192, HOP)
     distance = MelDistance([(2048, 150), (512, 80)])
-    weights = {"mel": 1.0, "notes": a.notes, "wave": a.wave}
+    buzz = Buzz()
+    weights = {"mel": 1.0, "notes": a.notes, "wave": a.wave, "buzz": a.buzz}
     weights |= {"verdict": a.adversarial, "features": 2 * a.adversarial}
     pool = ThreadPoolExecutor(2)
 
@@ -230,7 +258,7 @@ def main() -> None:
             latents = model.quantizer.from_codes(excerpt.tokens)[0]
         learns = step % 2 == 0  # it is quicker to learn than the decoder
         return backward(
-            decoder, latents, excerpt, weights, mel, notes, judge, learns, not a.float32
+            decoder, latents, excerpt, weights, mel, notes, buzz, judge, learns, not a.float32
         )
 
     saved, sums = spent, Counter[str]()

@@ -1,7 +1,7 @@
 """Make variations of the training tracks, for `tune_decoder.py`: what the decoder hears in use.
 
 Frames are kept in all codebooks as tiny's presets keep them, with a period of its own for every
-window. One file per track, uint16 [C, T].
+window. One file per track, uint16 [C, T]. Variants of tracks (`~1`) are left out.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from cache_music import VARIANT
 
 import vampnet_jax as vampnet
 from codec_bridge.atomic import atomic_write
@@ -36,7 +37,8 @@ def main() -> None:
     model = vampnet.load(a.model)
     if manifest.codec.fingerprint != model.codec.fingerprint:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
-    reader = TrackReader(a.tokens, manifest, choose_tracks(manifest, "train"))
+    originals = [t for t in choose_tracks(manifest, "train") if VARIANT not in t.name]
+    reader = TrackReader(a.tokens, manifest, originals)
     window, frame_rate = model.coarse_window, model.codec.frame_rate
     for number, track in enumerate(reader.tracks):
         path = a.out / f"{track.name}.npy"
