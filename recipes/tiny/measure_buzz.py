@@ -29,7 +29,7 @@ def likeness(audio: np.ndarray, lag: int) -> float:
 
 def main() -> None:
     parser = options(__doc__, n_clips=2)
-    parser.add_argument("codecs", nargs="+", help="names or files")
+    parser.add_argument("codecs", nargs="+", help="codec files")
     a = parser.parse_args()
     audio = [clip for _, clip in clips(a.music, a.split, "validation", a.clips)]
     print("| | one frame later | a frame and a half later | mel distance |\n|---|---|---|---|")
