@@ -5,7 +5,7 @@ Half of the excerpts are decoded from the tokens of the music, the other half fr
 phase. Of gaps only magnitudes are asked for, so the decoder learns to make the most likely
 spectrum out of tokens that fit badly, as in use. The waveform counts less than in
 train_codec.py: what phase the tokens carry is settled, and mel distance suffers from it.
-With `--adversarial`, descript-audio-codec's discriminator judges what is decoded (adversary.py).
+descript-audio-codec's discriminator judges what is decoded (adversary.py).
 """
 
 import argparse
@@ -195,16 +195,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="training time, all runs")
     parser.add_argument("--frames", type=int, default=24, help="of an excerpt, without margins")
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
-    parser.add_argument("--wave", type=float, default=1.0, help="weight of the waveform error")
-    parser.add_argument("--notes", type=float, default=4.0, help="weight of the notes' error")
+    parser.add_argument("--wave", type=float, default=0.3, help="weight of the waveform error")
+    parser.add_argument("--notes", type=float, default=3.0, help="weight of the notes' error")
     parser.add_argument(
         "--buzz", type=float, default=0.5, help="weight of treble being the same in every frame"
     )
     parser.add_argument(
         "--adversarial",
         type=float,
-        default=0.0,
-        help="weight of the discriminator's verdict; its features count twice as much",
+        default=0.03,
+        help="weight of the discriminator's verdict (0: none); its features count twice as much",
     )
     parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
     parser.add_argument("--seed", type=int, default=0)
