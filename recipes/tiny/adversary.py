@@ -12,14 +12,12 @@ from torch import nn
 
 from codec_bridge.descript import import_dac
 
-FFT_SIZES = [2048, 1024, 512]
-
 
 def discriminator(sample_rate: int) -> nn.Module:
     """Audio [B, 1, samples] → per resolution the features of every layer, the verdict last."""
     import_dac()
     module = importlib.import_module("dac.model.discriminator")
-    return module.Discriminator(periods=[], fft_sizes=FFT_SIZES, sample_rate=sample_rate)
+    return module.Discriminator(periods=[], sample_rate=sample_rate)
 
 
 def discriminator_loss(judge: nn.Module, made: torch.Tensor, music: torch.Tensor) -> torch.Tensor:

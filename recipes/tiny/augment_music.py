@@ -1,9 +1,9 @@
 """Every training track of the game music twice more: higher and faster, and lower and slower.
 
 By one to three semitones, as a tape that runs at another speed: resampled, so nothing is smeared
-as a phase vocoder would. (Scores are rendered anew instead: render_scores.py --variants.) Reads and
-adds to `data/music`, its `index.json` and `split.json`, after cache_music.py. Copies already there
-are kept.
+as a phase vocoder would. (Scores are rendered anew instead: render_scores.py --variants.) Reads
+`split.json` and adds to `data/music` and its `index.json`; cache_music.py then adds the copies,
+which are as loud as their tracks, to the split. Copies already there are kept.
 """
 
 import argparse
@@ -54,9 +54,6 @@ def main() -> None:
                 index[new] = {"seconds": round(seconds, 2), "loudness": index[name]["loudness"]}
                 write_json(index_file, index)
                 print(f"{new}: {amount:+d} semitones, {seconds:.0f} s", flush=True)
-    variants = {name for name in index if name.partition(VARIANT)[0] in originals}
-    split["train"] = sorted(variants.union(split["train"]))
-    write_json(SPLIT_FILE, split)
 
 
 if __name__ == "__main__":

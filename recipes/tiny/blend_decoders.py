@@ -5,6 +5,7 @@ as well ("Robust fine-tuning of zero-shot models", Wortsman et al., 2022).
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/blended"))
     a = parser.parse_args()
     before, after = (torch.load(p, weights_only=True)["ema"] for p in (a.before, a.after))
+    for name in before.keys() | after.keys():
+        if not name.startswith("decoder.") and not torch.equal(before[name], after[name]):
+            sys.exit(f"{a.before} and {a.after} differ in {name}, not in the decoder alone")
     a.out.mkdir(parents=True, exist_ok=True)
     export({name: torch.lerp(before[name], after[name], a.share) for name in after}, a.out)
 

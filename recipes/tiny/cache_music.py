@@ -63,26 +63,35 @@ def decode(path: Path, target: Path) -> dict[str, float]:
 
 
 def assign(split: dict[str, list[str]], source: str, seconds: dict[str, float]) -> None:
-    """Add this source's new tracks to the split, works in the order of their hash."""
-    works: dict[str, list[str]] = {}
-    for track in seconds:
-        works.setdefault(work_of(source, track), []).append(track)
+    """Add this source's new tracks to the split, works in the order of their hash.
+
+    Validation and test are closed once both have tracks of the source, on disk or not. From then
+    on what is new is for training, or left out if it is of a work that is held out.
+    """
     placed = {name: side for side, names in split.items() for name in names}
+    side_of = {
+        work_of(source, name.split("/", 1)[1]): side
+        for name, side in placed.items()
+        if name.startswith(f"{source}/")
+    }
+    closed = {"validation", "test"} <= set(side_of.values())
+    works: dict[str, list[str]] = {}
+    for track in sorted(seconds):
+        works.setdefault(work_of(source, track), []).append(track)
     held = {"test": 0.0, "validation": 0.0}
     for track, length in seconds.items():
-        side = placed.get(f"{source}/{track}")
-        if side in held:
-            held[side] += length
-    goal = 0.0 if min(held.values()) > 0 else SHARE * sum(seconds.values())
+        if placed.get(f"{source}/{track}") in held:
+            held[placed[f"{source}/{track}"]] += length
+    goal = SHARE * sum(seconds.values())
     for work in sorted(works, key=lambda w: hashlib.sha256(f"{source}/{w}".encode()).hexdigest()):
-        names = [f"{source}/{track}" for track in sorted(works[work])]
-        sides = {placed[name] for name in names if name in placed}
-        side = min(sides) if sides else next((s for s in held if held[s] < goal), "train")
-        for name in names:
-            if name not in placed and (goal or side == "train"):
-                split[side].append(name)
+        wanting = None if closed else next((s for s in held if held[s] < goal), None)
+        side = side_of.get(work) or wanting or "train"
+        for track in works[work]:
+            is_new = f"{source}/{track}" not in placed
+            if is_new and (side == "train" or not (closed or VARIANT in track)):
+                split[side].append(f"{source}/{track}")
                 if side in held:
-                    held[side] += seconds[name.split("/", 1)[1]]
+                    held[side] += seconds[track]
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Median over clips of the validation split of the correlation, the highest within 8 samples of a
 frame's length. A decoder that makes the same in every frame has a pitch, that of the frame rate:
-it buzzes.
+it buzzes. A frame and a half later it is not alike: steady notes are not what is found.
 """
 
 import numpy as np

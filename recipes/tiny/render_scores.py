@@ -5,8 +5,8 @@ marking, a tempo, both drawn from the hash of its name, so that a second run ren
 Writes `data/scores/<composer>-<work>--<movement>.flac` (24 kHz mono); tracks already there are
 kept. Works of several movements share the part of the name before `--`.
 
-With `--variants`, scores of the training split are rendered again, as `<track>~1`, `<track>~2`, …:
-other ensembles, up to four semitones higher or lower, and with one part in four left out.
+With `--variants N`, only scores of the training split, as `<track>~1` to `<track>~N`: ensembles
+drawn anew, up to four semitones higher or lower, each part left out with a chance of one in four.
 """
 
 import argparse
@@ -82,12 +82,17 @@ def chosen_scores() -> list[tuple[str, Path]]:
     return [(name, path) for _, name, path in sorted(rows)]
 
 
+def variant_name(name: str, variant: int) -> str:
+    """`name` itself for variant 0."""
+    return f"{name}~{variant}" if variant else name
+
+
 def render(name: str, path: Path, variant: int, sound_font: Path, longest: float) -> np.ndarray:
     """The score as float32 mono audio at 24 kHz, at most `longest` seconds.
 
     Variant 0 is the score as it stands.
     """
-    work = name.split("--")[0] + f"~{variant}" * (variant > 0)
+    work = variant_name(name.split("--")[0], variant)
     rng = random.Random(int(hashlib.sha256(work.encode()).hexdigest()[:8], 16))
     ensemble, beats = rng.choice(ENSEMBLES), rng.randint(66, 116)
     score = converter.parse(path)
@@ -126,8 +131,12 @@ def render(name: str, path: Path, variant: int, sound_font: Path, longest: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--minutes", type=float, default=240, help="of music in all")
-    parser.add_argument("--variants", type=int, default=0, help="of every training score")
+    parser.add_argument(
+        "--minutes", type=float, default=240, help="of music in all, without variants"
+    )
+    parser.add_argument(
+        "--variants", type=int, default=0, help="of every training score, and nothing else"
+    )
     parser.add_argument("--longest", type=float, default=240, help="seconds per track")
     a = parser.parse_args()
     sound_font = a.data / SOUND_FONT
@@ -139,11 +148,12 @@ def main() -> None:
     training = json.loads(split.read_text())["train"] if split.exists() else []
     seconds = 0.0
     for name, path in chosen_scores():
-        if seconds > 60 * a.minutes:
+        if seconds > 60 * a.minutes and not a.variants:
             break
-        variants = a.variants if f"scores/{name}" in training else 0
-        for variant in range(variants + 1):
-            target = out / f"{name}{f'~{variant}' * (variant > 0)}.flac"
+        if a.variants and f"scores/{name}" not in training:
+            continue
+        for variant in range(1, a.variants + 1) if a.variants else [0]:
+            target = out / f"{variant_name(name, variant)}.flac"
             if not target.exists():
                 try:
                     audio = render(name, path, variant, sound_font, a.longest)

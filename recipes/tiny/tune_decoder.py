@@ -57,7 +57,7 @@ class Excerpt(NamedTuple):
 
 
 class Pairs:
-    """The training tracks: audio as it was tokenised, their tokens and those of variations."""
+    """The training tracks but their variants: audio as it was tokenised, tokens, variations."""
 
     def __init__(self, music: Path, tokens: Path, variations: Path):
         manifest = read_manifest(tokens)
@@ -88,7 +88,7 @@ class Pairs:
             audio, _ = soundfile.read(
                 self.files[i], frames * HOP, start * HOP, dtype="float32", fill_value=0
             )
-            if np.abs(audio).max() > 1e-3:
+            if np.abs(audio[MARGIN * HOP : -MARGIN * HOP]).max() > 1e-3:
                 break
         own = np.asarray(self.reader.read(i, start, start + frames)[0]).astype(np.int64)
         tokens = own
@@ -107,8 +107,12 @@ def wave_error(x: torch.Tensor, y: torch.Tensor, kept: torch.Tensor) -> torch.Te
     return ((x - y).square() * kept).sum() / energy
 
 
+SILENT = 0.05
+"""Norm of treble below which it counts as silence: -70 dBFS for a second."""
+
+
 class Buzz(nn.Module):
-    """How much more alike the treble of `x` is to itself a frame later than that of `y` is.
+    """How differently alike the treble of `x` and of `y` are to themselves a frame later.
 
     The decoder sees nothing but frames: what it makes alike in all of them has the pitch of the
     frame rate. Mean |difference| of the correlations, one and two frames later.
@@ -123,20 +127,35 @@ class Buzz(nn.Module):
         """[2] correlations of the treble of [1, 1, samples] with itself."""
         treble = nn.functional.conv1d(x, self.filters).flatten()
         pairs = ((treble[lag:], treble[:-lag]) for lag in (HOP, 2 * HOP))
-        return torch.stack([nn.functional.cosine_similarity(*p, dim=0, eps=1e-4) for p in pairs])
+        return torch.stack([nn.functional.cosine_similarity(*p, dim=0, eps=SILENT) for p in pairs])
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (self.likeness(x) - self.likeness(y)).abs().mean()
+
+
+class Losses(nn.Module):
+    """What a decoded excerpt is compared by, by name, and `weights` of these and the judge's."""
+
+    def __init__(self, notes: float, wave: float, buzz: float, adversarial: float):
+        super().__init__()
+        self.weights = {"mel": 1.0, "notes": notes, "wave": wave, "buzz": buzz}
+        self.weights |= {"verdict": adversarial, "features": 2 * adversarial}
+        self.mel, self.notes, self.buzz = MelDistance(SCALES), Notes(8192, HOP), Buzz()
+
+    def forward(
+        self, out: torch.Tensor, audio: torch.Tensor, kept: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Of [1, 1, samples] and the music; `kept` [samples] is 1 where the phase is known."""
+        notes = (self.notes(out.squeeze(1)) - self.notes(audio.squeeze(1))).abs().mean()
+        losses = {"mel": self.mel(out, audio), "notes": notes}
+        return losses | {"wave": wave_error(out, audio, kept), "buzz": self.buzz(out, audio)}
 
 
 def backward(
     decoder: nn.Module,
     latents: torch.Tensor,
     excerpt: Excerpt,
-    weights: dict[str, float],
-    mel: nn.Module,
-    notes: nn.Module,
-    buzz: nn.Module,
+    losses_of: Losses,
     judge: nn.Module | None,
     judge_learns: bool,
     bfloat16: bool,
@@ -149,14 +168,12 @@ def backward(
     inside = slice(MARGIN * HOP, -MARGIN * HOP)
     out, audio = out.float()[..., inside], excerpt.audio[..., inside]
     kept = excerpt.kept.repeat_interleave(HOP)[inside]
-    wrong = (notes(out.squeeze(1)) - notes(audio.squeeze(1))).abs().mean()
-    losses = {"mel": mel(out, audio), "notes": wrong, "wave": wave_error(out, audio, kept)}
-    losses["buzz"] = buzz(out, audio)
+    losses = losses_of(out, audio, kept)
     if judge is not None:
         judge.requires_grad_(False)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             losses["verdict"], losses["features"] = decoder_losses(judge, out, audio)
-    sum(weights[name] * value for name, value in losses.items()).backward()
+    sum(losses_of.weights[name] * value for name, value in losses.items()).backward()
     if judge is not None and judge_learns:
         judge.requires_grad_(True).zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -224,8 +241,10 @@ def main() -> None:
     step, spent = 0, 0.0
     a.out.mkdir(parents=True, exist_ok=True)
     checkpoint = a.out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else {}
+    if "judge" in state and not a.adversarial:
+        sys.exit(f"{a.out} was begun with a discriminator; resume it with --adversarial above 0")
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, spent = state["ema"], state["step"], state["spent"]
@@ -236,14 +255,11 @@ def main() -> None:
         share(judges[1], judges[0])
         judging = list(judges[0].parameters())
         judge_optimizer = torch.optim.AdamW(judging, lr=2e-4, betas=(0.8, 0.99))
-        if checkpoint.exists():
+        if "judge" in state:  # otherwise it joins a run that began without
             judges[0].load_state_dict(state["judge"])
             judge_optimizer.load_state_dict(state["judge_optimizer"])
-    mel, notes = MelDistance(SCALES), Notes(8192, HOP)
+    losses_of = Losses(a.notes, a.wave, a.buzz, a.adversarial)
     distance = MelDistance([(2048, 150), (512, 80)])
-    buzz = Buzz()
-    weights = {"mel": 1.0, "notes": a.notes, "wave": a.wave, "buzz": a.buzz}
-    weights |= {"verdict": a.adversarial, "features": 2 * a.adversarial}
     pool = ThreadPoolExecutor(2)
 
     def checkpoint_now() -> None:
@@ -257,9 +273,7 @@ def main() -> None:
         with torch.no_grad():
             latents = model.quantizer.from_codes(excerpt.tokens)[0]
         learns = step % 2 == 0  # it is quicker to learn than the decoder
-        return backward(
-            decoder, latents, excerpt, weights, mel, notes, buzz, judge, learns, not a.float32
-        )
+        return backward(decoder, latents, excerpt, losses_of, judge, learns, not a.float32)
 
     saved, sums = spent, Counter[str]()
     while spent < 60 * a.minutes:

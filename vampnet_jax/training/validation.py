@@ -84,6 +84,7 @@ class Validation:
         codebooks = np.arange(given, self.config.n_codebooks)[:, None]  # [Cp, 1]
         tokens, scored = self.tokens[:, given:], self.mask[:, given:]  # [N, Cp, T]
         log_loss = -np.log(frequencies)[codebooks, tokens]
+        # Of equally frequent tokens one alone can be the likeliest.
         rank = np.argsort(np.argsort(-frequencies, axis=1), axis=1)[codebooks, tokens]
 
         def total(values: np.ndarray) -> jax.Array:
