@@ -3,8 +3,11 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+import codec_bridge
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
 
@@ -106,6 +109,64 @@ def test_buzz_is_treble_that_repeats_with_the_frame_rate():
     assert buzz(1e-5 * frame, noise) < 0.05  # cannot be heard
     slow = torch.sin(2 * torch.pi * 200 / 24_000 * torch.arange(24 * HOP))[None, None]
     assert buzz(noise + 20 * slow, noise) < 0.1  # bass is none of it
+    middle = torch.sin(2 * torch.pi * 1000 / 24_000 * torch.arange(24 * HOP))[None, None]
+    assert buzz(noise + 20 * middle, noise) > 0.3  # one of the two bands
+
+
+def test_jumbled_frames_have_the_tokens_of_the_music_in_other_phases():
+    from tune_decoder import HOP, Excerpt, jumble
+
+    class Model(torch.nn.Module):
+        """Tokens that say where a frame's loudest sample lies, and its sign."""
+
+        def encoder(self, audio):
+            return audio
+
+        def quantizer(self, audio):
+            frames = audio[:, 0].unfold(1, HOP, HOP)
+            place = frames.abs().argmax(-1)
+            sign = frames.gather(-1, place[..., None])[..., 0] > 0
+            return audio, torch.stack([place, sign.long()], 1)
+
+    audio = torch.zeros(1, 1, 40 * HOP)
+    audio[..., HOP // 2 :: HOP] = 1.0  # a click in the middle of every frame
+    own = torch.tensor([[HOP // 2], [1]]).repeat(1, 40)[None]
+    music = Excerpt(audio, own, torch.ones(40))
+    jumbled = jumble(Model(), music, np.random.default_rng(0))
+    assert jumbled.tokens.shape == own.shape
+    assert torch.equal(jumbled.audio, audio)
+    assert not jumbled.kept.any()
+    places, signs = jumbled.tokens[0].tolist()
+    assert set(signs) == {0, 1}
+    assert 2 < len(set(places)) <= 4
+    again = jumble(Model(), music, np.random.default_rng(0))
+    assert torch.equal(again.tokens, jumbled.tokens)
+
+
+def test_relabelled_tokens_can_be_trained_on(tmp_path, monkeypatch, small_codec):
+    from relabel_tokens import main
+    from small_tokens import write_folder
+
+    from vampnet_jax.training.tokens import CodecInfo, read_codebooks, read_manifest
+
+    tensors = {
+        name: tensor * 2 if name.startswith("decoder.") else tensor
+        for name, tensor in small_codec.tensors.items()
+    }
+    tuned = codec_bridge.Codec("dac", small_codec.config, tensors)
+    assert tuned.fingerprint != small_codec.fingerprint
+    codebooks = np.asarray(small_codec.codebooks)
+    info = CodecInfo(small_codec.fingerprint, "dac", 8000, 64, *codebooks.shape[:2])
+    write_folder(tmp_path / "tokens", [30, 30, 30], codec=info, codebooks=codebooks)
+    codec_bridge.save(small_codec, tmp_path / "codec.safetensors")
+    codec_bridge.save(tuned, tmp_path / "tuned.safetensors")
+    options = {"tokens": "tokens", "codec": "codec.safetensors", "tuned": "tuned.safetensors"}
+    words = [word for name, file in options.items() for word in (f"--{name}", str(tmp_path / file))]
+    monkeypatch.setattr(sys, "argv", ["relabel_tokens.py", *words])
+    main()
+    manifest = read_manifest(tmp_path / "tokens")
+    assert manifest.codec.fingerprint == tuned.fingerprint
+    np.testing.assert_array_equal(read_codebooks(tmp_path / "tokens", manifest.codec), codebooks)
 
 
 def test_the_adversary_learns_to_tell_and_finds_music_in_music():

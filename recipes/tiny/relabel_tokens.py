@@ -13,6 +13,7 @@ import numpy as np
 import codec_bridge
 from codec_bridge.atomic import atomic_write
 from codec_bridge.codec import Codec
+from vampnet_jax.training.tokens import write_codebooks
 
 
 def makes_the_same_tokens(a: Codec, b: Codec) -> bool:
@@ -43,6 +44,7 @@ def main() -> None:
     if manifest["codec"]["fingerprint"] not in (codec.fingerprint, tuned.fingerprint):
         sys.exit(f"{a.tokens} was made by another codec than {a.codec}")
     manifest["codec"]["fingerprint"] = tuned.fingerprint
+    write_codebooks(a.tokens, tuned.codebooks, tuned.fingerprint)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     print(f"{a.tokens}: made by {tuned.fingerprint[:12]}")

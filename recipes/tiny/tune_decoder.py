@@ -1,10 +1,13 @@
 """Train the codec's decoder further on its own tokens and on variations; no token changes.
 
-Half of the excerpts are decoded from the tokens of the music, the other half from variations of it
+Half of the excerpts are decoded from the tokens of the music, a quarter from variations of it
 (vary_training_tracks.py), whose gaps hold what the models made: tokens that do not agree on the
 phase. Of gaps only magnitudes are asked for, so the decoder learns to make the most likely
-spectrum out of tokens that fit badly, as in use. The waveform counts less than in
-train_codec.py: what phase the tokens carry is settled, and mel distance suffers from it.
+spectrum out of tokens that fit badly, as in use. The last quarter is jumbled: every frame has the
+tokens of the music moved by up to half a frame or turned upside down. The right notes in the wrong
+phases cancel out, and the decoder learns to make them as loud as they should be. The waveform
+counts less than in train_codec.py: what phase the tokens carry is settled, and mel distance
+suffers from it.
 descript-audio-codec's discriminator judges what is decoded (adversary.py).
 """
 
@@ -99,6 +102,19 @@ class Pairs:
         return Excerpt(audio, torch.from_numpy(tokens)[None], torch.from_numpy(kept))
 
 
+@torch.no_grad()
+def jumble(model: nn.Module, excerpt: Excerpt, rng: np.random.Generator) -> Excerpt:
+    """Give every frame the tokens of the music moved by up to half a frame, of either polarity."""
+    moved = [
+        torch.roll(excerpt.audio, int(rng.integers(-HOP // 2, HOP // 2)), -1) * sign
+        for sign in (1, -1, 1, -1)
+    ]
+    tokens = model.quantizer(model.encoder(torch.cat(moved)))[1]  # [4, C, frames]
+    which = torch.from_numpy(rng.integers(0, len(moved), tokens.shape[-1]))
+    chosen = tokens[which, :, torch.arange(len(which))].T[None]  # [1, C, frames]
+    return Excerpt(excerpt.audio, chosen, torch.zeros_like(excerpt.kept))
+
+
 def wave_error(x: torch.Tensor, y: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Energy of the error over that of `y`, treble lifted, of samples where `kept` is 1."""
     x, y = (a[..., 1:] - 0.8 * a[..., :-1] for a in (x, y))
@@ -108,26 +124,29 @@ def wave_error(x: torch.Tensor, y: torch.Tensor, kept: torch.Tensor) -> torch.Te
 
 
 SILENT = 0.05
-"""Norm of treble below which it counts as silence: -70 dBFS for a second."""
+"""Norm of a band below which it counts as silence: -70 dBFS for a second."""
 
 
 class Buzz(nn.Module):
-    """How differently alike the treble of `x` and of `y` are to themselves a frame later.
+    """How differently alike two bands of `x` and of `y` are to themselves a frame later.
 
     The decoder sees nothing but frames: what it makes alike in all of them has the pitch of the
     frame rate. Mean |difference| of the correlations, one and two frames later.
     """
 
-    def __init__(self, above: float = 1500.0, taps: int = 129):
+    def __init__(self, above: float = 600.0, middle: float = 1500.0, taps: int = 257):
         super().__init__()
-        filters = scipy.signal.firwin(taps, above, pass_zero="highpass", fs=SAMPLE_RATE)
-        self.register_buffer("filters", torch.from_numpy(filters).float()[None, None])
+        bands = [
+            scipy.signal.firwin(taps, [above, middle], pass_zero="bandpass", fs=SAMPLE_RATE),
+            scipy.signal.firwin(taps, middle, pass_zero="highpass", fs=SAMPLE_RATE),
+        ]
+        self.register_buffer("filters", torch.from_numpy(np.stack(bands)).float()[:, None])
 
     def likeness(self, x: torch.Tensor) -> torch.Tensor:
-        """[2] correlations of the treble of [1, 1, samples] with itself."""
-        treble = nn.functional.conv1d(x, self.filters).flatten()
-        pairs = ((treble[lag:], treble[:-lag]) for lag in (HOP, 2 * HOP))
-        return torch.stack([nn.functional.cosine_similarity(*p, dim=0, eps=SILENT) for p in pairs])
+        """[4] correlations of both bands of [1, 1, samples] with themselves."""
+        bands = nn.functional.conv1d(x, self.filters)[0]
+        pairs = ((bands[:, lag:], bands[:, :-lag]) for lag in (HOP, 2 * HOP))
+        return torch.cat([nn.functional.cosine_similarity(*p, dim=1, eps=SILENT) for p in pairs])
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (self.likeness(x) - self.likeness(y)).abs().mean()
@@ -207,7 +226,12 @@ def main() -> None:
     parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--variations", type=Path, default=Path("data/variations"))
-    parser.add_argument("--codec", type=Path, default=Path("runs/codec/checkpoint.pt"))
+    parser.add_argument(
+        "--codec",
+        type=Path,
+        default=Path("runs/codec/checkpoint.pt"),
+        help="checkpoint.pt, or codec.pth of blend_decoders.py",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/decoder"))
     parser.add_argument("--minutes", type=float, default=60, help="training time, all runs")
     parser.add_argument("--frames", type=int, default=24, help="of an excerpt, without margins")
@@ -232,7 +256,8 @@ def main() -> None:
     dac = import_dac()
     sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
     model = dac.DAC(**CONFIG)
-    model.load_state_dict(torch.load(a.codec, weights_only=True)["ema"])
+    begun = torch.load(a.codec, weights_only=True)
+    model.load_state_dict(begun["ema"] if "ema" in begun else begun["state_dict"])
     model.requires_grad_(False)
     decoder = model.decoder.requires_grad_(True)
     trained = list(decoder.parameters())
@@ -275,7 +300,7 @@ def main() -> None:
         learns = step % 2 == 0  # it is quicker to learn than the decoder
         return backward(decoder, latents, excerpt, losses_of, judge, learns, not a.float32)
 
-    saved, sums = spent, Counter[str]()
+    saved, sums, counts = spent, Counter[str](), Counter[str]()
     while spent < 60 * a.minutes:
         started = time.monotonic()
         rng = np.random.default_rng((a.seed, step))
@@ -283,11 +308,15 @@ def main() -> None:
         rate = a.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-6)
-        excerpts = [pairs.draw(rng, a.frames + 2 * MARGIN, varied) for varied in (False, True)]
+        sides = ("own", "varied" if step % 4 < 2 else "jumbled")  # the judge learns at even steps
+        excerpts = [pairs.draw(rng, a.frames + 2 * MARGIN, side == "varied") for side in sides]
+        if sides[1] == "jumbled":
+            excerpts[1] = jumble(model, excerpts[1], rng)
         results = pool.map(one, (decoder, replica), excerpts, judges or (None, None))
-        for side, losses in zip(("own", "varied"), results, strict=True):
+        for side, losses in zip(sides, results, strict=True):
             for name, value in losses.items():
-                sums[f"{side} {name}"] += value / (25 if name == "judge" else 50)
+                sums[f"{side} {name}"] += value
+                counts[f"{side} {name}"] += 1
         update(optimizer, trained, list(replica.parameters()))
         if judges and step % 2 == 0:
             update(judge_optimizer, judging, list(judges[1].parameters()))
@@ -298,9 +327,10 @@ def main() -> None:
         step += 1
         spent += time.monotonic() - started
         if step % 50 == 0:
-            means = " ".join(f"{name} {sums[name]:.3f}" for name in sorted(sums))
+            means = " ".join(f"{name} {sums[name] / counts[name]:.3f}" for name in sorted(sums))
             print(f"step {step} minute {spent / 60:.1f} {means} lr {rate:.1e}", flush=True)
             sums.clear()
+            counts.clear()
         if step % 500 == 0:
             value = validate(model, ema, held, distance)
             print(f"step {step} validation mel distance {value:.4f}", flush=True)
