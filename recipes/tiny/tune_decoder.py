@@ -239,7 +239,10 @@ def main() -> None:
     parser.add_argument("--wave", type=float, default=0.3, help="weight of the waveform error")
     parser.add_argument("--notes", type=float, default=3.0, help="weight of the notes' error")
     parser.add_argument(
-        "--buzz", type=float, default=0.5, help="weight of treble being the same in every frame"
+        "--buzz",
+        type=float,
+        default=0.5,
+        help="weight of what is above 600 Hz being the same in every frame",
     )
     parser.add_argument(
         "--adversarial",
