@@ -626,6 +626,7 @@ def test_no_input_at_all(sample):
     [
         ("missing.wav", None, "there is no file missing.wav"),
         ("text.wav", b"this is no audio\n" * 10, "text.wav cannot be read as audio"),
+        ("song.vnt", b"VNT\x01", "make audio of it with vampnet decompress"),
         ("empty.wav", b"", "empty.wav is empty"),
         ("short.wav", np.zeros(160), "short.wav: the audio lasts only 0.020 s"),
         ("headers.wav", np.zeros(0), "headers.wav has no samples"),

@@ -1,8 +1,9 @@
 """Try ways of sampling on the validation split: which keep closest to the notes of the input?
 
 For every way, variations of a few clips per source: mel distance to the input, chroma
-correlation with it, and the change of level in dB (before the loudness is restored). What is best
-goes into the model's config.json by `assemble.py`.
+correlation with it, and the change of level in dB (before the loudness is restored); with
+`--prefix` the same of what continues the first seconds of the clips. The codec alone comes first.
+What is best goes into the model's config.json by `assemble.py`.
 """
 
 import jax
@@ -11,6 +12,7 @@ from clips import chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
 from vampnet_jax.evaluation.distances import mel_distance
+from vampnet_jax.prompts import Prompt
 from vampnet_jax.sampling import SamplingOptions
 
 OFF = {"typical_mass": None}
@@ -57,6 +59,9 @@ WAYS: dict[str, tuple[dict, dict]] = {
 def main() -> None:
     parser = options(__doc__, n_clips=1)
     parser.add_argument("--preset", default="medium-variation", help="of the model's own")
+    parser.add_argument(
+        "--prefix", type=float, default=0.0, help="keep these first seconds instead of a preset"
+    )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     a = parser.parse_args()
@@ -67,23 +72,33 @@ def main() -> None:
         parser.error(f"--preset must be one of {', '.join(model.presets)}")
     tokens = [codec.encode(clip[None]) for clip in audio]
     frame_rate = codec.sample_rate / codec.hop_length
+    prompt = Prompt(prefix=a.prefix) if a.prefix else model.presets[a.preset]
+    start = round(a.prefix * codec.sample_rate)
+
+    def compare(clip: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:
+        new, old = np.asarray(codec.decode(tokens))[0][start : len(clip)], clip[start:]
+        level = 10 * np.log10(np.square(new).mean() / np.square(old).mean())
+        return mel_distance(old, new), chroma_correlation(old, new), level
+
+    def show(name: str, rows: list[tuple[float, float, float]]) -> None:
+        mel, chroma, level = np.mean(rows, axis=0)
+        print(f"| {name} | {mel:.3f} | {chroma:.3f} | {level:+.1f} |", flush=True)
+
     print("| | mel distance | chroma correlation | level, dB |\n|---|---|---|---|")
+    show("codec alone", [compare(*pair) for pair in zip(audio, tokens, strict=True)])
     for way in a.ways:
         coarse, fine = WAYS[way]
         rows = []
         for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
             key = jax.random.fold_in(jax.random.key(a.seed), number)
-            mask = model.presets[a.preset].mask(known.shape, key, frame_rate=frame_rate)
+            mask = prompt.mask(known.shape, key, frame_rate=frame_rate)
             made = vampnet.vamp(
                 model, known, mask, key,
                 SamplingOptions(**{"steps": a.steps, **coarse}),
                 SamplingOptions(**{"steps": 2, **fine}),
             )  # fmt: skip
-            new = np.asarray(codec.decode(made))[0][: len(clip)]
-            level = 10 * np.log10(np.square(new).mean() / np.square(clip).mean())
-            rows.append((mel_distance(clip, new), chroma_correlation(clip, new), level))
-        means = np.mean(rows, axis=0)
-        print(f"| {way} | {means[0]:.3f} | {means[1]:.3f} | {means[2]:+.1f} |", flush=True)
+            rows.append(compare(clip, made))
+        show(way, rows)
 
 
 if __name__ == "__main__":

@@ -306,6 +306,8 @@ def _source(path: Path, options: Options, prompt: Prompt) -> Source:
         with named_as_options(ARGUMENTS):
             prompt.check_duration(clip.n_samples / clip.sample_rate)
         return Source(path, clip, (clip.n_samples, clip.sample_rate))
+    if path.suffix == ".vnt":
+        raise InputError(f"{path} is a compressed file; make audio of it with vampnet decompress.")
     audio = _read_audio(path)
     with named_as_options(ARGUMENTS):
         prompt.check_duration(audio.seconds)
