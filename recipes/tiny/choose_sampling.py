@@ -8,7 +8,7 @@ What is best goes into the model's config.json by `assemble.py`.
 
 import jax
 import numpy as np
-from clips import chroma_correlation, clips, options
+from clips import SECONDS, chroma_correlation, clips, options
 
 import vampnet_jax as vampnet
 from vampnet_jax.evaluation.distances import mel_distance
@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     a = parser.parse_args()
+    if not 0 <= a.prefix < SECONDS - 1:
+        parser.error(f"--prefix must be at least 0 and less than {SECONDS - 1:g}")
     audio = [clip for _, clip in clips(a.music, a.split, "validation", a.clips)]
     model = vampnet.load(a.model)
     codec = model.codec
