@@ -226,7 +226,8 @@ def _measure(
             (results.staging / TABLE).write_text(json.dumps(content, indent=2) + "\n")
             report.draw(results.staging / PLOT, measured)
             results.commit(names)
-            console.print(results.folder / TABLE, results.folder / PLOT, highlight=False)
+            paths = (results.folder / TABLE, results.folder / PLOT)
+            console.print(*paths, highlight=False, soft_wrap=True)
 
     with contextlib.ExitStack() as stack:
         results = None

@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         files, left_out, missing = audio_files.assign_splits(files, options.split_file)
         if left_out:
             text = f"{len(left_out)} files are in no split: left out, for example {left_out[0]}"
-            console.print(text, markup=False, highlight=False)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         if missing:
             text = f"{len(missing)} names of the split file have no file, for example {missing[0]}"
-            console.print(text, markup=False, highlight=False)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     elif options.split:
         files = [dataclasses.replace(file, split=options.split) for file in files]
     load = functools.partial(_load_codec, options.model, options.codec)
@@ -92,9 +92,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{out}{share}: {len(tracks)} tracks, {hours:.2f} h ({outcome.encoded} new, "
         f"{outcome.unchanged} unchanged, {len(outcome.skipped)} skipped)",
         markup=False,
+        soft_wrap=True,
     )
     for path, problem in outcome.skipped.items():
-        console.print(f"skipped {path}: {problem}", markup=False, highlight=False)
+        text = f"skipped {path}: {problem}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
