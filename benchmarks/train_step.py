@@ -1,17 +1,20 @@
 """One training step in JAX against plain PyTorch, on the same weights and data, alternately.
 
     python -m benchmarks.train_step
-    python -m benchmarks.train_step --batch 8 --rounds 20
+    python -m benchmarks.train_step --batch 8 --dtype bfloat16-products
 
 The model is that of tiny's coarse stage, the step that of `train.py --preset tiny`: tokens masked
 at random, cross-entropy with label smoothing over the masked tokens, AdamW after clipping. PyTorch
 runs benchmarks/torch_vampnet.py with its own fused AdamW, eager and by torch.compile; what JAX does
-besides (moving average, accuracies) counts as its own time.
+besides (moving average, accuracies) counts as its own time. With another dtype than float32 JAX runs
+in both, and PyTorch with its autocast to bfloat16.
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 import vampnet_jax as vampnet
 from benchmarks import torch_vampnet
 from benchmarks.against_torch import alternate, ratios, show
+from vampnet_jax.config import Dtype
 from vampnet_jax.training.config import TrainConfig, preset_config
 from vampnet_jax.training.objective import draw_masks, mask_ratios
 from vampnet_jax.training.step import TrainState, init_state, jitted_step, with_codebooks
@@ -62,7 +66,8 @@ class TorchStep:
     def loss(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean over the masked tokens of [B, C, T]."""
         hidden = tokens.masked_fill(mask, self.config.model.mask_token)
-        logits = self.model(hidden, self.model.position_bias(tokens.shape[-1]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.model.dtype != "float32"):
+            logits = self.model(hidden, self.model.position_bias(tokens.shape[-1])).float()
         losses = F.cross_entropy(
             logits.flatten(0, 2), tokens.transpose(1, 2).flatten(), reduction="none",
             label_smoothing=self.config.label_smoothing,
@@ -122,14 +127,24 @@ def contestants(config: TrainConfig, n_frames: int, n_steps: int) -> dict[str, C
         "step eager": steps_in_torch(compiled=False),
         "step compiled": steps_in_torch(compiled=True),
     }
-    step, state, batch, done = jitted_step(config), start, jnp.asarray(tokens), jnp.float32(0)
+    batch, done = jnp.asarray(tokens), jnp.float32(0)
 
-    def step_in_jax() -> float:
-        nonlocal state
-        state, metrics = step(state, batch, done)
-        return float(metrics["loss"])
+    def steps_in_jax(dtype: str) -> Callable[[], float]:
+        computing = dataclasses.replace(model, dtype=dtype)
+        step = jitted_step(dataclasses.replace(config, model=computing))
+        state = jax.tree.map(jnp.copy, start)  # a step uses up the state before it
 
-    return {"step jax": step_in_jax, **sides}
+        def take_one() -> float:
+            nonlocal state
+            state, metrics = step(state, batch, done)
+            return float(metrics["loss"])
+
+        return take_one
+
+    ours = {"step jax": steps_in_jax(model.dtype)}
+    if model.dtype != "float32":
+        ours["step jax float32"] = steps_in_jax("float32")
+    return {**ours, **sides}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,8 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32")
     args = parser.parse_args(argv)
-    config = tiny_config(batch_size=args.batch)
+    config = tiny_config(batch_size=args.batch, dtype=args.dtype)
     codec = vampnet.load("tiny").codec
     n_frames = round(config.window_seconds * codec.frame_rate)
     seconds = alternate(contestants(config, n_frames, args.rounds + 2), args.rounds)

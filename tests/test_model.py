@@ -12,7 +12,7 @@ import pytest
 
 import vampnet_jax as vampnet
 from codec_bridge.errors import InputError
-from vampnet_jax import model
+from vampnet_jax import model, transformer
 from vampnet_jax.transformer import relative_position_buckets
 
 CONFIG = vampnet.ModelConfig(
@@ -86,11 +86,45 @@ def test_remat_changes_memory_not_values(params, tokens):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, grads_again)
 
 
-def test_bfloat16_computes_nearly_the_same_and_returns_float32(params, tokens):
+@pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16-products"])
+def test_bfloat16_computes_nearly_the_same_and_returns_float32(params, tokens, dtype):
     want = vampnet.apply(params, tokens, CONFIG)
-    got = vampnet.apply(params, tokens, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    got = vampnet.apply(params, tokens, dataclasses.replace(CONFIG, dtype=dtype))
     assert got.dtype == jnp.float32
     assert 0 < jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
+
+
+def test_products_are_rounded_less_often_than_everything(params, tokens):
+    want = vampnet.apply(params, tokens, CONFIG)
+    dtypes = ("bfloat16", "bfloat16-products")
+    logits = [vampnet.apply(params, tokens, dataclasses.replace(CONFIG, dtype=d)) for d in dtypes]
+    everything, products = (float(jnp.square(got - want).mean()) for got in logits)
+    assert products < everything
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "full"])
+def test_a_loop_over_the_blocks_computes_what_they_do_one_after_the_other(
+    params, tokens, monkeypatch, remat
+):
+    config = dataclasses.replace(CONFIG, remat=remat)
+
+    def loss_and_gradients():
+        def loss(params):
+            return jnp.mean(jnp.square(model.frame_major_logits(params, tokens, config)))
+
+        return jax.value_and_grad(loss)(params)
+
+    def loops():
+        logits = jax.make_jaxpr(lambda p: model.frame_major_logits(p, tokens, config))(params)
+        return [e.params["unroll"] for e in logits.eqns if e.primitive.name == "scan"]
+
+    assert config.n_layers <= transformer.UNROLLED_LAYERS
+    wanted, unrolled = loss_and_gradients(), loops()
+    monkeypatch.setattr(transformer, "UNROLLED_LAYERS", 0)
+    assert unrolled != loops() == [1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), wanted, loss_and_gradients()
+    )
 
 
 def test_gradients_reach_every_parameter_but_the_codecs_vectors(params, tokens):
@@ -154,7 +188,7 @@ def test_parameters_are_a_plain_dict_of_float32_arrays(params):
         ({"n_layers": 0}, "at least 1"),
         ({"n_conditioning_codebooks": 5}, "n_conditioning_codebooks"),
         ({"dropout": 1.0}, "dropout"),
-        ({"dtype": "float16"}, "choose float32 or bfloat16"),
+        ({"dtype": "float16"}, "choose one of float32, bfloat16, bfloat16-products"),
         ({"attention": "flash"}, "choose xla or cudnn"),
         ({"attention": "cudnn"}, "set dtype to bfloat16"),
     ],

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from codec_bridge.errors import InputError
 
 Remat = Literal["none", "attention", "dots", "full"]
+Dtype = Literal["float32", "bfloat16", "bfloat16-products"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,10 @@ class ModelConfig:
     """What the backward pass computes again instead of keeping it: less memory, more time.
     `none`; `attention`: what is as large as frames × frames; `dots`: all but the blocks' products
     with weights; `full`: all of each block. A bool, as older files have it, is none or full."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products compute in; norms, softmax and logits are float32 always."""
+    dtype: Dtype = "float32"
+    """What matrix products compute in; norms, softmax and logits are float32 always. With bfloat16
+    all other activations are, too; with `bfloat16-products`, for CPUs, only what is multiplied with
+    the blocks' and the head's weights is rounded to it, and the rest is float32."""
     attention: Literal["xla", "cudnn"] = "xla"
     """Attention kernel; cudnn needs an NVIDIA GPU and bfloat16."""
 
@@ -74,12 +77,22 @@ class ModelConfig:
             raise InputError(
                 f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}."
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"dtype is {self.dtype!r}; choose float32 or bfloat16.")
+        if self.dtype not in get_args(Dtype):
+            raise InputError(f"dtype is {self.dtype!r}; choose one of {', '.join(get_args(Dtype))}.")
         if self.attention not in ("xla", "cudnn"):
             raise InputError(f"attention is {self.attention!r}; choose xla or cudnn.")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise InputError("cuDNN attention computes in 16 bits; set dtype to bfloat16 with it.")
+
+    @property
+    def activation_dtype(self) -> str:
+        """What lies between the blocks, and in what dtype their weights are handed over."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
+    def product_dtype(self) -> str:
+        """What is multiplied with the blocks' and the head's weights."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
     @property
     def mask_token(self) -> int:

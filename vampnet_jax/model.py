@@ -119,7 +119,7 @@ def frame_logits(
 
     Of the predicted codebooks only one if it is given, `[B, T, 1, V]`.
     """
-    return _module(params, config).head(x, codebook)
+    return _module(params, config).head(x, config, codebook)
 
 
 def position_bias(params: Params, n_frames: int, config: ModelConfig) -> jax.Array:

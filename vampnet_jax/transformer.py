@@ -15,12 +15,15 @@ from jax import lax
 from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.lora import Adapters
+from vampnet_jax.products import product
 
 Placement = Callable[[jax.Array], jax.Array]
 """Identity that may say where an array `[B, …]` lies on the devices."""
 RMS_EPSILON = 1e-6
 POSITION_BUCKETS = 32
 """Rows of the relative-position table: half for keys before the query, half for keys after."""
+UNROLLED_LAYERS = 4
+"""Models of so few blocks are compiled block after block, which saves a loop its copies."""
 MAX_DISTANCE = 128
 """Keys this far away or further share the last bucket of their side."""
 
@@ -160,12 +163,15 @@ class Block(nnx.Module):
         attended = self.attend(normal, bias, config, seed[0], adapters)
         x = x + dropout(attended, rate, seed[1])
         normal = rms_norm(x, self.feed_forward_norm[...])
-        fed = self.feed_forward(normal, rate, seed[2], adapters)
+        fed = self.feed_forward(normal, config, seed[2], adapters)
         return x + dropout(fed, rate, seed[3])
 
-    def project(self, letters: str, x: jax.Array, name: str, adapters: Adapters) -> jax.Array:
+    def project(
+        self, letters: str, x: jax.Array, name: str, config: ModelConfig, adapters: Adapters
+    ) -> jax.Array:
         """Multiply by a weight, to which an adapter may add A·B (`vampnet_jax.lora`)."""
-        y = jnp.einsum(letters, x, getattr(self, name)[...].astype(x.dtype))
+        multiply = product if config.dtype == "bfloat16-products" else jnp.einsum
+        y = multiply(letters, x, getattr(self, name)[...].astype(x.dtype))
         if name in adapters:
             a, b = (adapters[name][part].astype(x.dtype) for part in "ab")
             y = y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
@@ -180,9 +186,9 @@ class Block(nnx.Module):
         adapters: Adapters,
     ) -> jax.Array:
         """Bidirectional attention with a relative-position bias; no biases in projections."""
-        q = self.project("BTD,DHK->BTHK", x, "query", adapters)
-        k = self.project("BTD,DHK->BTHK", x, "key", adapters)
-        v = self.project("BTD,DHK->BTHK", x, "value", adapters)
+        q = self.project("BTD,DHK->BTHK", x, "query", config, adapters)
+        k = self.project("BTD,DHK->BTHK", x, "key", config, adapters)
+        v = self.project("BTD,DHK->BTHK", x, "value", config, adapters)
         if config.attention == "cudnn":
             mixed = jax.nn.dot_product_attention(
                 q, k, v, bias=bias[None].astype(x.dtype), implementation="cudnn"
@@ -192,16 +198,16 @@ class Block(nnx.Module):
             if config.remat == "attention":
                 mix = jax.checkpoint(mix, prevent_cse=False, static_argnums=5)
             mixed = mix(q, k, v, bias, seed, config.dropout)
-        return self.project("BTHK,HKD->BTD", mixed, "out", adapters)
+        return self.project("BTHK,HKD->BTD", mixed, "out", config, adapters)
 
     def feed_forward(
-        self, x: jax.Array, rate: float, seed: jax.Array | None, adapters: Adapters
+        self, x: jax.Array, config: ModelConfig, seed: jax.Array | None, adapters: Adapters
     ) -> jax.Array:
         """Gated GELU (Shazeer 2020): a · gelu(b)."""
-        hidden = self.project("BTD,DgF->BTgF", x, "up", adapters)
+        hidden = self.project("BTD,DgF->BTgF", x, "up", config, adapters)
         hidden = hidden[:, :, 0] * jax.nn.gelu(hidden[:, :, 1], approximate=True)
-        hidden = dropout(hidden, rate, seed)
-        return self.project("BTF,FD->BTD", hidden, "down", adapters)
+        hidden = dropout(hidden, config.dropout, seed)
+        return self.project("BTF,FD->BTD", hidden, "down", config, adapters)
 
 
 def mix_values(
@@ -241,14 +247,19 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(_lecun(rngs.params(), (d, p * v), jnp.float32).reshape(d, p, v))
         self.bias = nnx.Param(jnp.zeros((p, v)))
 
-    def __call__(self, x: jax.Array, codebook: jax.Array | int | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, config: ModelConfig, codebook: jax.Array | int | None = None
+    ) -> jax.Array:
         """`[B, T, D]` → float32 `[B, T, Cp, V]`; of one predicted codebook `[B, T, 1, V]`."""
         kernel, bias = self.kernel[...], self.bias[...]
         if codebook is not None:
             kernel = lax.dynamic_slice_in_dim(kernel, codebook, 1, axis=1)
             bias = lax.dynamic_slice_in_dim(bias, codebook, 1, axis=0)
-        kernel = kernel.astype(x.dtype)
-        logits = jnp.einsum("BTD,DpV->BTpV", x, kernel, preferred_element_type=jnp.float32)
+        letters, kernel = "BTD,DpV->BTpV", kernel.astype(x.dtype)
+        if config.dtype == "bfloat16-products":
+            logits = product(letters, x, kernel)
+        else:
+            logits = jnp.einsum(letters, x, kernel, preferred_element_type=jnp.float32)
         return logits + bias[None, None]
 
 
@@ -285,17 +296,18 @@ class VampNet(nnx.Module):
             )
         if bias is None:
             bias = self.bias_of_frames(tokens.shape[-1])
-        x = place(self.embedding(tokens, jnp.dtype(config.dtype)))
+        x = place(self.embedding(tokens, jnp.dtype(config.activation_dtype)))
         graphdef, stacked = nnx.split(self.blocks)
 
         def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
             params, seeds, pairs = layer
             return place(nnx.merge(graphdef, params)(x, bias, config, seeds, pairs)), None
 
+        unroll = config.n_layers <= UNROLLED_LAYERS
         if config.remat == "dots":
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            step = jax.checkpoint(step, prevent_cse=False, policy=saved)
+            step = jax.checkpoint(step, prevent_cse=unroll, policy=saved)
         elif config.remat == "full":
-            step = jax.checkpoint(step, prevent_cse=False)
-        x, _ = lax.scan(step, x, (stacked, seeds, adapters))
+            step = jax.checkpoint(step, prevent_cse=unroll)
+        x, _ = lax.scan(step, x, (stacked, seeds, adapters), unroll=unroll)
         return rms_norm(x, self.norm[...])

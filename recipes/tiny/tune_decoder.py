@@ -27,6 +27,7 @@ import soundfile
 import torch
 from adversary import decoder_losses, discriminator, discriminator_loss
 from cache_music import VARIANT
+from safetensors.torch import load_file
 from torch import nn
 from train_codec import (
     CONFIG,
@@ -43,6 +44,7 @@ from train_codec import (
 )
 
 from codec_bridge.descript import import_dac
+from codec_bridge.pth import weight_norm
 from vampnet_jax.training.excerpts import choose_tracks
 from vampnet_jax.training.tokens import TrackReader, read_manifest
 
@@ -113,6 +115,21 @@ def jumble(model: nn.Module, excerpt: Excerpt, rng: np.random.Generator) -> Exce
     which = torch.from_numpy(rng.integers(0, len(moved), tokens.shape[-1]))
     chosen = tokens[which, :, torch.arange(len(which))].T[None]  # [1, C, frames]
     return Excerpt(excerpt.audio, chosen, torch.zeros_like(excerpt.kept))
+
+
+def read_codec(path: Path) -> dict[str, torch.Tensor]:
+    """The state of a `dac.DAC`, weights normalised, from a codec that any of the recipes wrote."""
+    if path.suffix != ".safetensors":
+        saved = torch.load(path, weights_only=True)
+        return saved["ema"] if "ema" in saved else saved["state_dict"]
+    state = {}
+    for name, tensor in load_file(path).items():
+        tensor = tensor.float()
+        if name.endswith(".weight") and tensor.ndim == 3:  # of a convolution
+            state[f"{name}_g"] = torch.from_numpy(weight_norm(tensor.numpy()))
+            name = f"{name}_v"
+        state[name] = tensor
+    return state
 
 
 def wave_error(x: torch.Tensor, y: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -230,7 +247,7 @@ def main() -> None:
         "--codec",
         type=Path,
         default=Path("runs/codec/checkpoint.pt"),
-        help="checkpoint.pt, or codec.pth of blend_decoders.py",
+        help="checkpoint.pt, codec.pth of blend_decoders.py, or a model's codec.safetensors",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/decoder"))
     parser.add_argument("--minutes", type=float, default=60, help="training time, all runs")
@@ -259,8 +276,7 @@ def main() -> None:
     dac = import_dac()
     sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
     model = dac.DAC(**CONFIG)
-    begun = torch.load(a.codec, weights_only=True)
-    model.load_state_dict(begun["ema"] if "ema" in begun else begun["state_dict"])
+    model.load_state_dict(read_codec(a.codec))
     model.requires_grad_(False)
     decoder = model.decoder.requires_grad_(True)
     trained = list(decoder.parameters())

@@ -1,5 +1,6 @@
 """What a transformer must compute, by formula, and what the device can compute, measured."""
 
+import itertools
 import time
 
 import jax
@@ -43,6 +44,7 @@ class MatmulRate:
 
     def __init__(self, config: ModelConfig, rows: int) -> None:
         width, rows = config.embedding_dim, min(rows, MAX_ROWS)
+        dtype, result = config.product_dtype, config.activation_dtype
         self.n_pairs = min(4, config.n_layers)
         """Pairs of weights that take turns."""
         pair_flops = self.n_pairs * 2 * 2 * rows * width * 4 * width
@@ -55,18 +57,18 @@ class MatmulRate:
         def make() -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
             def draw(seed: int, n_in: int, n_out: int) -> jax.Array:
                 values = jax.random.normal(jax.random.key(seed), (n_in, n_out))
-                return (values * n_in**-0.5).astype(config.dtype)  # keeps the size of what it meets
+                return (values * n_in**-0.5).astype(dtype)  # keeps the size of what it meets
 
             pairs = [
                 (draw(2 * i, width, 4 * width), draw(2 * i + 1, 4 * width, width))
                 for i in range(self.n_pairs)
             ]
-            return jnp.ones((rows, width), config.dtype), pairs
+            return jnp.ones((rows, width), dtype), pairs
 
         def multiply(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
             def all_pairs(_: int, x: jax.Array) -> jax.Array:
-                for up, down in pairs:
-                    x = (x @ up) @ down
+                for weight in itertools.chain(*pairs):
+                    x = jnp.matmul(x, weight, preferred_element_type=result).astype(dtype)
                 return x
 
             return jax.lax.fori_loop(0, self.times, all_pairs, x)

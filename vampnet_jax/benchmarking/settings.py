@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from codec_bridge.errors import InputError
-from vampnet_jax.config import ModelConfig
+from vampnet_jax.config import Dtype, ModelConfig
 from vampnet_jax.model import init
 from vampnet_jax.pipeline import MIN_SECONDS
 from vampnet_jax.release import Model, Stage, load
@@ -54,7 +54,7 @@ class Setting:
     seconds: float = 10.0
     steps: int = 24
     fine_steps: int = 2
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     """None: as the model says."""
     attention: Literal["xla", "cudnn"] | None = None
     """None: as the model says."""

@@ -46,7 +46,7 @@ class Options:
     """Decoding steps of the coarse model (24)."""
     fine_steps: Annotated[tuple[int, ...], arg(metavar="N...")] = ()
     """Decoding steps of the fine model (2)."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16", "bfloat16-products"] | None = None
     """What matrix products compute in (as the model says)."""
     attention: Literal["xla", "cudnn"] | None = None
     """Attention kernel (as the model says); cudnn needs an NVIDIA GPU and bfloat16."""

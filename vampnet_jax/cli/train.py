@@ -101,8 +101,8 @@ class TrainOptions:
     """Share of activations dropped."""
     remat: Literal["none", "attention", "dots", "full"] | None = None
     """What the backward pass computes again: the more, the less memory and the more time."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """What matrix products compute in."""
+    dtype: Literal["float32", "bfloat16", "bfloat16-products"] | None = None
+    """What matrix products compute in; bfloat16-products is for CPUs with instructions for it."""
     attention: Literal["xla", "cudnn"] | None = None
     """Attention kernel."""
     log_every: int | None = None

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vampnet_jax.config import ModelConfig
 from vampnet_jax.training.config import TrainConfig
 
 PEAK_FLOPS = {
@@ -70,7 +71,7 @@ def peak(config: TrainConfig, n_devices: int) -> Peak:
         return Peak(n_devices * known, source)
     # CPU devices of one process are not several: they share its cores.
     n = jax.process_count() if device.platform == "cpu" else n_devices
-    rate = matmul_rate(config.model.dtype)
+    rate = matmul_rate(config.model)
     return Peak(
         n * rate,
         f"{n} × {rate / 1e9:,.0f} GFLOP/s (measured at start: {config.model.dtype} matrix "
@@ -78,10 +79,11 @@ def peak(config: TrainConfig, n_devices: int) -> Peak:
     )
 
 
-def matmul_rate(dtype: str, *, repeats: int = 6) -> float:
-    """FLOP/s of the fastest of some matrix products on the first device."""
-    a = jnp.ones((MEASURED_SIZE, MEASURED_SIZE), dtype, device=jax.local_devices()[0])
-    multiply = jax.jit(lambda a: a @ a)
+def matmul_rate(model: ModelConfig, *, repeats: int = 6) -> float:
+    """FLOP/s of the fastest of some matrix products on the first device, as the model does them."""
+    shape = (MEASURED_SIZE, MEASURED_SIZE)
+    a = jnp.ones(shape, model.product_dtype, device=jax.local_devices()[0])
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=model.activation_dtype))
     jax.block_until_ready(multiply(a))
     times = []
     for _ in range(repeats):
