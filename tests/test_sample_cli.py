@@ -303,6 +303,8 @@ def results():
         ("brief", PERIODIC, "--feedback", "1"),
         ("brief", PERIODIC, "--seed", "8"),
         ("brief", PERIODIC, "--model", "other"),
+        ("brief", PERIODIC, "--dtype", "bfloat16"),
+        ("brief", PERIODIC, "--dtype", "bfloat16-products"),
         ("brief", PERIODIC, "--steps", "3"),
         ("brief", PERIODIC, "--temperature", "3"),
         ("brief", PERIODIC, "--mask-temperature", "0"),

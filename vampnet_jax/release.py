@@ -29,7 +29,7 @@ from codec_bridge.errors import InputError
 from codec_bridge.hashes import fingerprint
 from vampnet_jax import lora
 from vampnet_jax import model as network
-from vampnet_jax.config import ModelConfig
+from vampnet_jax.config import Dtype, ModelConfig
 from vampnet_jax.prompts import PRESETS, Prompt
 from vampnet_jax.sampling import COARSE_DEFAULTS, FINE_DEFAULTS, SamplingOptions
 
@@ -86,6 +86,14 @@ class Model:
                     f"a model knows {config.vocab_size} codes and the codec has "
                     f"{self.codec.codebook_size}; they do not belong together."
                 )
+
+    def computing_in(self, dtype: Dtype) -> "Model":
+        """The same model with another `ModelConfig.dtype` in both stages."""
+        coarse, fine = (
+            stage._replace(config=dataclasses.replace(stage.config, dtype=dtype))
+            for stage in (self.coarse, self.fine)
+        )
+        return dataclasses.replace(self, coarse=coarse, fine=fine)
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -124,6 +124,8 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
             "made with; give the same model to repeat it."
         )
     _check_against_model(job, model)
+    if options.dtype is not None:
+        model = model.computing_in(options.dtype)
     if options.mesh is not None:
         with named_as_options(subjects=("mesh",)):
             mesh = placement.mesh_of(options.mesh, model.coarse.config, found)

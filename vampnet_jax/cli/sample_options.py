@@ -107,6 +107,9 @@ class Options:
     """A model in the box, or a model directory."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where the transformers compute; auto takes a GPU or TPU if JAX finds one."""
+    dtype: Literal["float32", "bfloat16", "bfloat16-products"] | None = None
+    """What the transformers compute in (as the model says); the first is exact, bfloat16 is for GPUs
+    and TPUs, bfloat16-products for CPUs with instructions for it."""
     mesh: Annotated[str | None, arg(metavar="AXIS=N,...")] = None
     """Divide the work over devices: sizes of data (the variations), tensor and fsdp (the model)."""
     from_params: Annotated[Path | None, arg(metavar="FILE.json")] = None
@@ -158,7 +161,7 @@ NOT_RECORDED = ("input", "output", "overwrite", "device", "mesh", "from_params")
 """Options that do not change a result, or of which the record says more."""
 RECORDED = [f.name for f in dataclasses.fields(Options) if f.name not in NOT_RECORDED]
 FREE_WITHOUT_INPUT = [
-    "seconds", "tokens", "num_samples", "seed", "model",
+    "seconds", "tokens", "num_samples", "seed", "model", "dtype",
     *(prefix + f.name for f in dataclasses.fields(SamplingOptions) for prefix in ("", "fine_")),
 ]  # fmt: skip
 ARGUMENTS = {f.name for kind in (Prompt, Edit, SamplingOptions) for f in dataclasses.fields(kind)}
