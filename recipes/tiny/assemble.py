@@ -82,7 +82,7 @@ def main() -> None:
         fine_sampling=FINE_SAMPLING,
         presets=prompts.PRESETS | PRESETS,
         name=a.name,
-    )
+    ).computing_in("float32")  # whatever they were trained in
     a.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=a.out.parent) as folder:
         save(model, Path(folder) / "model", dtype="bfloat16")
