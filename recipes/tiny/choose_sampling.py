@@ -31,11 +31,19 @@ WAYS: dict[str, tuple[dict, dict]] = {
         OFF | {"top_p": 0.4, "mask_temperature": 3.0},
     ),
     "fine likeliest": ({}, OFF | {"sample_cutoff": 0.0}),
+    "no filter, fine likeliest": (OFF, OFF | {"sample_cutoff": 0.0}),
+    "no filter, 60 steps, fine likeliest": (OFF | {"steps": 60}, OFF | {"sample_cutoff": 0.0}),
+    "temperature 0.9, fine likeliest": (OFF | {"temperature": 0.9}, OFF | {"sample_cutoff": 0.0}),
     "temperature 0.7, fine likeliest": (OFF | {"temperature": 0.7}, OFF | {"sample_cutoff": 0.0}),
     "cut-off 0.5, fine likeliest": (OFF | {"sample_cutoff": 0.5}, OFF | {"sample_cutoff": 0.0}),
     "top-p 0.4, fine likeliest": (OFF | {"top_p": 0.4}, OFF | {"sample_cutoff": 0.0}),
+    "top-p 0.9, fine likeliest": (OFF | {"top_p": 0.9}, OFF | {"sample_cutoff": 0.0}),
     "guidance 0.5, fine likeliest": ({"guidance": 0.5}, OFF | {"sample_cutoff": 0.0}),
     "guidance 1, fine likeliest": ({"guidance": 1.0}, OFF | {"sample_cutoff": 0.0}),
+    "spread, no filter, 60 steps, fine likeliest": (
+        OFF | {"order": "spread", "steps": 60},
+        OFF | {"sample_cutoff": 0.0},
+    ),
     "spread, fine likeliest": ({"order": "spread"}, OFF | {"sample_cutoff": 0.0}),
     "fine by codebook": ({}, EACH),
     "fine by codebook, typical": ({}, {"codebook_steps": (1,) * 12}),
@@ -54,6 +62,12 @@ WAYS: dict[str, tuple[dict, dict]] = {
         OFF | {"sample_cutoff": 0.0},
     ),
 }
+
+
+def options_of(way: str, *, steps: int) -> tuple[SamplingOptions, SamplingOptions]:
+    """Of the coarse model, with so many steps unless the way says otherwise, and the fine one."""
+    coarse, fine = WAYS[way]
+    return SamplingOptions(**{"steps": steps, **coarse}), SamplingOptions(**{"steps": 2, **fine})
 
 
 def main() -> None:
@@ -89,16 +103,11 @@ def main() -> None:
     print("| | mel distance | chroma correlation | level, dB |\n|---|---|---|---|")
     show("codec alone", [compare(*pair) for pair in zip(audio, tokens, strict=True)])
     for way in a.ways:
-        coarse, fine = WAYS[way]
         rows = []
         for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
             key = jax.random.fold_in(jax.random.key(a.seed), number)
             mask = prompt.mask(known.shape, key, frame_rate=frame_rate)
-            made = vampnet.vamp(
-                model, known, mask, key,
-                SamplingOptions(**{"steps": a.steps, **coarse}),
-                SamplingOptions(**{"steps": 2, **fine}),
-            )  # fmt: skip
+            made = vampnet.vamp(model, known, mask, key, *options_of(way, steps=a.steps))
             rows.append(compare(clip, made))
         show(way, rows)
 

@@ -1,13 +1,14 @@
 """Half a minute from nothing: does it stay level, with more than one note, as music does?
 
 Level and pitch classes of unconditional pieces, second by second, beside the range that excerpts of
-the test split as long have.
+music as long have. With `--ways` the pieces are sampled as choose_sampling.py names it.
 """
 
 import jax
 import jax.numpy as jnp
 import librosa
 import numpy as np
+from choose_sampling import WAYS, options_of
 from clips import clips, options
 
 import vampnet_jax as vampnet
@@ -44,17 +45,29 @@ def statistics(audio: np.ndarray) -> dict[str, float]:
 def main() -> None:
     parser = options(__doc__, n_clips=4)
     parser.add_argument("--pieces", type=int, default=4, help="how many to make")
+    parser.add_argument("--part", choices=("test", "validation"), default="test", help="of music")
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), help="not as the model says")
     a = parser.parse_args()
-    music = [statistics(x) for _, x in clips(a.music, a.split, "test", a.clips, SECONDS)]
+    music = [statistics(x) for _, x in clips(a.music, a.split, a.part, a.clips, SECONDS)]
     model = vampnet.load(a.model)
     codec = model.codec
     shape = (1, codec.n_codebooks, round(SECONDS * codec.sample_rate / codec.hop_length))
-    made = []
-    for number in range(a.pieces):
-        key = jax.random.fold_in(jax.random.key(a.seed), number)
-        tokens = vampnet.vamp(model, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), key)
-        made.append(statistics(np.asarray(codec.decode(tokens))[0]))
-    print(f"| | {len(music)} excerpts of music: least, median, most | {len(made)} pieces |")
+    sampling = {"": (model.coarse_sampling, model.fine_sampling)}
+    if a.ways:
+        sampling = {name: options_of(name, steps=24) for name in a.ways}
+    for name, (coarse, fine) in sampling.items():
+        made = []
+        for number in range(a.pieces):
+            key = jax.random.fold_in(jax.random.key(a.seed), number)
+            nothing, everything = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+            tokens = vampnet.vamp(model, nothing, everything, key, coarse, fine)
+            made.append(statistics(np.asarray(codec.decode(tokens))[0]))
+        show(name, music, made)
+
+
+def show(way: str, music: list[dict[str, float]], made: list[dict[str, float]]) -> None:
+    """Print a table of the statistics of music and of what was made."""
+    print(f"| {way} | {len(music)} excerpts of music: least, median, most | {len(made)} pieces |")
     print("|---|---|---|")
     for name in music[0]:
         known = sorted(m[name] for m in music)
@@ -62,6 +75,7 @@ def main() -> None:
         inside = all(known[0] <= m[name] <= known[-1] for m in made)
         middle = f"{known[0]:.2f}, {np.median(known):.2f}, {known[-1]:.2f}"
         print(f"| {name} | {middle} | {values}{'' if inside else ' (outside)'} |")
+    print(flush=True)
 
 
 if __name__ == "__main__":
