@@ -6,8 +6,8 @@
 The model is that of tiny's coarse stage, the step that of `train.py --preset tiny`: tokens masked
 at random, cross-entropy with label smoothing over the masked tokens, AdamW after clipping. PyTorch
 runs benchmarks/torch_vampnet.py with its own fused AdamW, eager and by torch.compile; what JAX does
-besides (moving average, accuracies) counts as its own time. With another dtype than float32 JAX runs
-in both, and PyTorch with its autocast to bfloat16.
+besides (moving average, accuracies) counts as its own time. With another dtype than float32 JAX
+runs in both, and PyTorch with its autocast to bfloat16.
 """
 
 import argparse

@@ -3,8 +3,7 @@
     JAX_NUM_CPU_DEVICES=8 python tests/simulated_training.py MESH...
 
 MESH is as `train.py --mesh` takes it; with "+N" the batch is accumulated in N parts, with "+lora"
-adapters of a model that stays as it is are trained, and "+products" is for `--dtype
-bfloat16-products`. Several processes make one job, as on a
+adapters of a model that stays as it is are trained. Several processes make one job, as on a
 cluster, by the variables that `vampnet_jax.training.distributed` reads.
 """
 
@@ -73,7 +72,7 @@ def train(mesh: str) -> dict:
     from vampnet_jax.training.step import init_on, jitted_step
 
     mesh, _, way = mesh.partition("+")
-    adapts, rounds = way == "lora", way == "products"
+    adapts = way == "lora"
     model = vampnet.ModelConfig(
         n_codebooks=3,
         n_conditioning_codebooks=1,
@@ -81,13 +80,12 @@ def train(mesh: str) -> dict:
         n_heads=2,
         embedding_dim=64,
         vocab_size=32,
-        dtype="bfloat16-products" if rounds else "float32",
     )
     config = TrainConfig(
         model=model,
         lora=LoraConfig(rank=2, alpha=8.0, targets=TARGETS) if adapts else None,
         batch_size=BATCH,
-        accumulate=1 if adapts or rounds else int(way or 1),
+        accumulate=1 if adapts else int(way or 1),
         steps=STEPS,
         schedule="constant",
         learning_rate=3e-3,

@@ -134,8 +134,9 @@ def test_adapters_get_the_gradient_that_merging_would_give():
     assert_close(*(jax.grad(loss)(adapters, put) for put in (lora.attach, lora.merge)))
 
 
-def test_frozen_matrices_are_kept_in_the_dtype_that_they_are_used_in():
-    model = dataclasses.replace(MODEL, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16-products"])
+def test_frozen_matrices_are_kept_in_the_dtype_that_they_are_used_in(dtype):
+    model = dataclasses.replace(MODEL, dtype=dtype)
     frozen = freeze(base_params(), fine_tuning(model=model))
     assert {x.dtype for n, x in frozen["blocks"].items() if not n.endswith("norm")} == {
         jnp.dtype(jnp.bfloat16)

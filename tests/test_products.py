@@ -7,8 +7,8 @@ import pytest
 
 from vampnet_jax.products import product
 
-LETTERS = ["BTD,DHK->BTHK", "BTHK,HKD->BTD", "BTF,FD->BTD"]
-SIZES = dict(B=2, T=5, D=12, H=3, K=4, F=8)
+LETTERS = ["BTD,DHK->BTHK", "BTHK,HKD->BTD", "BTD,DgF->BTgF", "BTF,FD->BTD", "BTD,DpV->BTpV"]
+SIZES = {"B": 2, "T": 5, "D": 12, "H": 3, "K": 4, "F": 8, "g": 2, "p": 3, "V": 7}
 
 
 def operands(letters):
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_the_rounded_product(letters):
     result = letters.split("->")[1]
     out, pull = jax.vjp(lambda x, w: product(letters, x, w), x, w)
     gradient = jax.random.normal(jax.random.key(2), out.shape)
-    to_x, to_w = pull(gradient)
+    to_x, to_w = jax.jit(pull)(gradient)
     assert to_x.dtype == to_w.dtype == jnp.float32
     wanted = np.einsum(f"{result},{of_w}->{of_x}", rounded(gradient), rounded(w))
     np.testing.assert_allclose(to_x, wanted, atol=1e-5)
@@ -47,8 +47,22 @@ def test_gradients_are_those_of_the_rounded_product(letters):
 
 def test_works_under_vmap():
     x, w = operands("BTF,FD->BTD")
-    each = jax.vmap(lambda row: product("TF,FD->TD", row, w))(x)
-    np.testing.assert_allclose(each, product("BTF,FD->BTD", x, w), atol=1e-5)
+
+    def gradient(row):
+        return jax.grad(lambda w: jnp.sum(product("TF,FD->TD", row, w) ** 2))(w)
+
+    each = jax.jit(jax.vmap(gradient))(x)
+    alone = jnp.stack([gradient(row) for row in x])
+    np.testing.assert_allclose(each, alone, rtol=1e-5)
+
+
+def test_on_a_cpu_operands_of_the_weights_gradient_are_laid_out_for_its_kernel():
+    x, w = operands("BTF,FD->BTD")
+    loss = jax.jit(jax.grad(lambda w: jnp.sum(product("BTF,FD->BTD", x, w))))
+    lowered = loss.trace(w).lower(lowering_platforms=("cpu",)).as_text()
+    assert lowered.count("LayoutConstraint") == 2
+    elsewhere = loss.trace(w).lower(lowering_platforms=("tpu",)).as_text()
+    assert "LayoutConstraint" not in elsewhere
 
 
 @pytest.mark.parametrize("letters", ["BTD,HD->BTH", "BTD,DH->BHT", "BTD,BTD->BTD"])

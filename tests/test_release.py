@@ -46,6 +46,15 @@ def test_what_is_saved_is_loaded(model, saved):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["model"]
 
 
+def test_a_model_computes_in_another_dtype_with_attention_that_goes_with_it(model):
+    half = model.computing_in("bfloat16")
+    assert half.fine.config.dtype == half.coarse.config.dtype == "bfloat16"
+    fast = half.coarse._replace(config=dataclasses.replace(half.coarse.config, attention="cudnn"))
+    half = dataclasses.replace(half, coarse=fast)
+    assert half.computing_in("bfloat16").coarse.config.attention == "cudnn"
+    assert half.computing_in("float32").coarse.config == model.coarse.config
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_files_say_the_fingerprints_of_what_is_loaded_from_them(
     model, tmp_path, monkeypatch, dtype

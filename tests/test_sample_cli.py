@@ -470,6 +470,20 @@ def test_a_model_may_have_presets_of_its_own(sample, folder, without_pictures):
     assert Path("again/clip_1.wav").read_bytes() == same
 
 
+def test_a_record_keeps_the_dtype_that_the_model_computes_in(sample, folder, without_pictures):
+    exact = vampnet.load(folder / "model")
+    vampnet.save(exact.computing_in("bfloat16-products"), "rounding")
+    assert sample(folder / "clip.wav", model=Path("rounding").absolute())[0] == 0
+    record = json.loads(Path("vamped/clip_1.json").read_text())
+    assert record["options"]["dtype"] == "bfloat16-products"
+    again = ["--from-params", "vamped/clip_1.json", "--model", folder / "model", "-o", "again"]
+    assert sample(*again, model=None, quick=False)[0] == 0
+    repeated = json.loads(Path("again/clip_1.json").read_text())
+    assert repeated["options"]["dtype"] == "bfloat16-products"
+    same = Path("vamped/clip_1.wav").read_bytes()
+    assert Path("again/clip_1.wav").read_bytes() == same
+
+
 @pytest.mark.parametrize("options", [["--periodic", "0"], ["--beat", "0"]])
 def test_what_only_refines_a_preset_goes_with_it(folder, options):
     presets = PRESETS | {

@@ -13,7 +13,7 @@ from codec_bridge import InputError
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.objective import masked_sums
 from vampnet_jax.training.step import init_state, train_step
-from vampnet_jax.transformer import dropout, dropout_seeds
+from vampnet_jax.transformer import UNROLLED_LAYERS, dropout, dropout_seeds
 
 MODEL = vampnet.ModelConfig(
     n_codebooks=3,
@@ -54,7 +54,7 @@ def one_step(state, config):
 
 @functools.cache
 def gradient_and_memory(remat: str):
-    model = dataclasses.replace(MODEL, remat=remat, n_layers=4)
+    model = dataclasses.replace(MODEL, remat=remat, n_layers=UNROLLED_LAYERS + 2)
     params = vampnet.init(jax.random.key(1), model, codebooks())
     tokens = jnp.asarray(some_tokens(4, 64))
     mask = jnp.zeros(tokens.shape, bool).at[:, 1:].set(True)

@@ -78,7 +78,9 @@ class ModelConfig:
                 f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}."
             )
         if self.dtype not in get_args(Dtype):
-            raise InputError(f"dtype is {self.dtype!r}; choose one of {', '.join(get_args(Dtype))}.")
+            raise InputError(
+                f"dtype is {self.dtype!r}; choose one of {', '.join(get_args(Dtype))}."
+            )
         if self.attention not in ("xla", "cudnn"):
             raise InputError(f"attention is {self.attention!r}; choose xla or cudnn.")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
@@ -86,7 +88,7 @@ class ModelConfig:
 
     @property
     def activation_dtype(self) -> str:
-        """What lies between the blocks, and in what dtype their weights are handed over."""
+        """What lies between the blocks."""
         return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
     @property

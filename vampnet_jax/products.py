@@ -1,8 +1,9 @@
-"""Products of activations with weights: plainly, or of numbers rounded to bfloat16, fast on CPUs.
+"""Products of activations with weights, both rounded to bfloat16: fast on CPUs.
 
 CPUs with instructions for bfloat16 (AMX, AVX512-BF16) multiply it several times as fast as float32,
 but XLA uses them only for products whose result is float32 and whose operands lie in memory in the
 order that its kernels read. `jnp.einsum` has gradients without either, so they are written here.
+On several devices that order would make XLA gather whole batches; `sharding.plan` refuses it.
 """
 
 import math
@@ -28,7 +29,7 @@ def product(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """
     operands, result = letters.split("->")
     of_x, of_w = operands.split(",")
-    shared = len(of_x) + len(of_w) - len(result) >> 1
+    shared = (len(of_x) + len(of_w) - len(result)) // 2
     if of_x[-shared:] != of_w[:shared] or result != of_x[:-shared] + of_w[shared:]:
         raise ValueError(f"{letters} is no matrix product of neighbouring letters")
     rows = math.prod(w.shape[:shared])

@@ -88,11 +88,17 @@ class Model:
                 )
 
     def computing_in(self, dtype: Dtype) -> "Model":
-        """The same model with another `ModelConfig.dtype` in both stages."""
-        coarse, fine = (
-            stage._replace(config=dataclasses.replace(stage.config, dtype=dtype))
-            for stage in (self.coarse, self.fine)
-        )
+        """The same model with another `ModelConfig.dtype` in both stages.
+
+        cuDNN attention, which needs bfloat16, gives way to XLA's with another.
+        """
+
+        def changed(stage: Stage) -> Stage:
+            attention = stage.config.attention if dtype == "bfloat16" else "xla"
+            config = dataclasses.replace(stage.config, dtype=dtype, attention=attention)
+            return stage._replace(config=config)
+
+        coarse, fine = changed(self.coarse), changed(self.fine)
         return dataclasses.replace(self, coarse=coarse, fine=fine)
 
     @functools.cached_property

@@ -22,10 +22,11 @@ Placement = Callable[[jax.Array], jax.Array]
 RMS_EPSILON = 1e-6
 POSITION_BUCKETS = 32
 """Rows of the relative-position table: half for keys before the query, half for keys after."""
-UNROLLED_LAYERS = 4
-"""Models of so few blocks are compiled block after block, which saves a loop its copies."""
 MAX_DISTANCE = 128
 """Keys this far away or further share the last bucket of their side."""
+UNROLLED_LAYERS = 4
+"""Models of so few blocks are compiled block after block, which saves a loop its copies; not with
+`remat`, as XLA for CPUs would then find what is computed again the same as before, and keep it."""
 
 _lecun = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0)
 
@@ -303,11 +304,11 @@ class VampNet(nnx.Module):
             params, seeds, pairs = layer
             return place(nnx.merge(graphdef, params)(x, bias, config, seeds, pairs)), None
 
-        unroll = config.n_layers <= UNROLLED_LAYERS
         if config.remat == "dots":
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            step = jax.checkpoint(step, prevent_cse=unroll, policy=saved)
+            step = jax.checkpoint(step, prevent_cse=False, policy=saved)
         elif config.remat == "full":
-            step = jax.checkpoint(step, prevent_cse=unroll)
+            step = jax.checkpoint(step, prevent_cse=False)
+        unroll = config.n_layers <= UNROLLED_LAYERS and config.remat == "none"
         x, _ = lax.scan(step, x, (stacked, seeds, adapters), unroll=unroll)
         return rms_norm(x, self.norm[...])

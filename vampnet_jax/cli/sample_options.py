@@ -108,7 +108,7 @@ class Options:
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where the transformers compute; auto takes a GPU or TPU if JAX finds one."""
     dtype: Literal["float32", "bfloat16", "bfloat16-products"] | None = None
-    """What the transformers compute in (as the model says); the first is exact, bfloat16 is for GPUs
+    """What the transformers compute in (as the model says). float32 is exact; bfloat16 is for GPUs
     and TPUs, bfloat16-products for CPUs with instructions for it."""
     mesh: Annotated[str | None, arg(metavar="AXIS=N,...")] = None
     """Divide the work over devices: sizes of data (the variations), tensor and fsdp (the model)."""
@@ -191,11 +191,14 @@ def as_arguments(values: dict[str, Any]) -> list[str]:
 def with_defaults_of(model: Path, options: Options) -> Options:
     """The options with everything filled in that depends on the model.
 
-    That is the prompt, if a preset says it, and how the model is best sampled.
+    That is the prompt, if a preset says it, how the model is best sampled, and its dtype.
     """
     description = read_description(model)
     n_codebooks = description["fine"]["config"]["n_codebooks"]
     values = _of_preset(options, presets_of(description), n_codebooks)
+    dtypes = {description[stage]["config"]["dtype"] for stage in ("coarse", "fine")}
+    if options.dtype is None and len(dtypes) == 1:
+        values["dtype"] = dtypes.pop()
     for stage, prefix in (("coarse", ""), ("fine", "fine_")):
         own = sampling_defaults(description, stage)
         if getattr(options, f"{prefix}steps") is not None:

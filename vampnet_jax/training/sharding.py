@@ -194,6 +194,11 @@ def plan(
             sizes["fsdp"] = rest if "data" in sizes else math.gcd(rest, model.embedding_dim)
         sizes.setdefault("tensor", 1)
         sizes.setdefault("data", len(devices) // (sizes["fsdp"] * sizes["tensor"]))
+    if model.dtype == "bfloat16-products" and math.prod(sizes.values()) > 1:
+        raise InputError(
+            "dtype bfloat16-products is for one device; choose float32 or bfloat16 for a mesh of "
+            f"{math.prod(sizes.values())}, or the mesh data=1,fsdp=1,tensor=1."
+        )
     if model.embedding_dim % sizes["fsdp"]:
         possible = math.gcd(sizes["fsdp"], model.embedding_dim)
         raise InputError(

@@ -77,7 +77,8 @@ def freeze(params: Params, config: TrainConfig) -> Params:
     Matrices are kept in the dtype that they are used in, so bfloat16 halves their memory.
     """
     frozen = without_codebooks(params)
-    blocks = {k: v.astype(config.model.activation_dtype) for k, v in frozen["blocks"].items() if v.ndim > 2}
+    dtype = config.model.product_dtype
+    blocks = {k: v.astype(dtype) for k, v in frozen["blocks"].items() if v.ndim > 2}
     return frozen | {"blocks": frozen["blocks"] | blocks}
 
 
