@@ -1,6 +1,6 @@
 """Products of activations with weights, both rounded to bfloat16: fast on CPUs.
 
-CPUs with instructions for bfloat16 (AMX, AVX512-BF16) multiply it several times as fast as float32,
+CPUs with instructions for bfloat16 (AMX, AVX512-BF16) multiply it faster than float32,
 but XLA uses them only for products whose result is float32 and whose operands lie in memory in the
 order that its kernels read. `jnp.einsum` has gradients without either, so they are written here.
 On several devices that order would make XLA gather whole batches; `sharding.plan` refuses it.
