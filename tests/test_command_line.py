@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -27,6 +28,12 @@ def test_what_needs_no_command_imports_none_of_the_libraries(arguments):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("set()\n")
     assert "Traceback" not in done.stderr
+
+
+def test_the_package_runs_as_the_command():
+    command = [sys.executable, "-m", "vampnet_jax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == version("vampnet-jax")
 
 
 @pytest.mark.parametrize(

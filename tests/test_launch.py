@@ -16,11 +16,14 @@ def start(tmp_path: Path, statuses: list[int], *, sleeps: float = 0) -> subproce
     python.write_text(
         "#!/bin/bash\n"
         "trap 'exit 75' TERM\n"
-        f'echo "$@" >> {tmp_path}/calls\n'
-        f"n=$(wc -l < {tmp_path}/calls)\n"
-        f"for _ in $(seq {int(sleeps * 20)}); do sleep 0.05; done\n"
+        f"touch {tmp_path}/count\n"
+        f"n=$(wc -l < {tmp_path}/count)\n"
+        f"echo >> {tmp_path}/count\n"
         f"statuses=({' '.join(map(str, statuses))})\n"
-        "exit ${statuses[$((n - 1))]}\n"
+        # Last: bash that is asked to terminate while it reads $(…) may not get to its trap.
+        f'echo "$@" >> {tmp_path}/calls\n'
+        f"for ((i = 0; i < {int(sleeps * 20)}; i++)); do sleep 0.05; done\n"
+        "exit ${statuses[n]}\n"
     )
     python.chmod(0o755)
     return subprocess.Popen(

@@ -20,6 +20,7 @@ while true; do
   began=$SECONDS
   "$python" "$root/train.py" "$@" &
   child=$!
+  [ -n "$stopping" ] && kill -TERM "$child" 2>/dev/null  # asked before the child was known
   wait "$child"; status=$?
   # A signal ends `wait` before the child: wait for the child to save.
   while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done
