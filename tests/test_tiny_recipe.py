@@ -241,3 +241,104 @@ def test_an_update_takes_the_mean_of_two_replicas_and_nothing_that_is_not_finite
     ours[0].grad[:] = torch.nan
     update(optimizer, ours, theirs)
     assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True))
+
+
+@pytest.fixture
+def tiny_dac():
+    from train_codec import CONFIG
+
+    from codec_bridge.descript import import_dac
+
+    torch.manual_seed(0)
+    return import_dac().DAC(**CONFIG)
+
+
+def test_losses_of_the_waveform_reach_the_first_codebooks_unless_kept_apart(tiny_dac):
+    from train_codec import SPECTRAL, quantise
+
+    z = torch.randn(1, 192, 6)
+    first = tiny_dac.quantizer.quantizers[0].out_proj.bias
+    last = tiny_dac.quantizer.quantizers[SPECTRAL].out_proj.bias
+    for apart in (True, False):
+        total, spectral, codes, latents, _ = quantise(tiny_dac, z, torch.tensor([16]), apart)
+        assert codes.shape == (1, 16, 6)
+        assert latents.shape == (1, 16 * 8, 6)
+        gradients = torch.autograd.grad(total.sum(), (first, last), allow_unused=True)
+        assert [g is not None for g in gradients] == [not apart, True]
+    # The dropped codebooks are not in the sum.
+    total, spectral, *_ = quantise(tiny_dac, z, torch.tensor([SPECTRAL]), apart=False)
+    torch.testing.assert_close(total, spectral)
+
+
+def test_the_encoder_learns_from_what_it_told_and_not_from_tokens_that_do_not_fit(tiny_dac):
+    from train_codec import SPECTRAL, Codebooks
+    from tune_codec import backward
+    from tune_decoder import HOP, MARGIN, Excerpt, Losses
+
+    frames = 2 * MARGIN + 8
+    books, losses = Codebooks(tiny_dac), Losses(notes=3.0, wave=0.3, buzz=0.5, adversarial=0)
+    music = 0.1 * torch.randn(1, 1, frames * HOP)
+    excerpt = Excerpt(music, torch.zeros(1, 16, frames, dtype=torch.int64), torch.zeros(frames))
+    encoder, decoder = tiny_dac.encoder.block[0].bias, tiny_dac.decoder.model[0].bias
+
+    def step(side, same):
+        use = books.log_shares(SPECTRAL)
+        result = backward(tiny_dac, side, excerpt, (0, 1), losses, same, use, False)
+        learnt = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in (encoder, decoder)]
+        return result, learnt
+
+    result, learnt = step("own", 0.0)
+    assert learnt == [True, True]
+    assert set(result.losses) == {"mel", "notes", "wave", "buzz", "commit"}
+    assert result.codes.shape == (1, 16, frames)
+    alone = encoder.grad.clone()
+    result, _ = step("own", 0.1)
+    assert {"same", "equal"} < set(result.losses)
+    assert not torch.allclose(encoder.grad, alone)
+    for side in ("varied", "jumbled"):
+        result, learnt = step(side, 0.1)
+        assert learnt == [False, True]
+        assert result.codes is None
+
+
+def test_of_a_variation_the_kept_frames_have_the_tokens_of_the_codec_as_it_is_now(tiny_dac):
+    from tune_codec import unfit
+    from tune_decoder import HOP, Excerpt
+
+    music = 0.1 * torch.randn(1, 1, 10 * HOP)
+    kept = torch.tensor([1.0, 0.0] * 5)
+    varied = torch.full((1, 16, 10), 7)
+    excerpt = unfit(tiny_dac, "varied", Excerpt(music, varied, kept), np.random.default_rng(0))
+    with torch.no_grad():
+        own = tiny_dac.quantizer(tiny_dac.encoder(music))[1]
+    assert torch.equal(excerpt.tokens[..., ::2], own[..., ::2])
+    assert (excerpt.tokens[..., 1::2] == 7).all()
+
+
+def test_models_that_adopt_a_codec_change_nothing_but_their_codes(
+    tmp_path, monkeypatch, small_codec
+):
+    from adopt_codec import main
+    from small_models import random_model
+
+    import vampnet_jax as vampnet
+
+    tensors = {
+        name: tensor * 1.1 if "codebook" in name else tensor
+        for name, tensor in small_codec.tensors.items()
+    }
+    tuned = codec_bridge.Codec("dac", small_codec.config, tensors)
+    vampnet.save(random_model(small_codec), tmp_path / "model")
+    codec_bridge.save(tuned, tmp_path / "codec.safetensors")
+    options = {"model": "model", "codec": "codec.safetensors", "out": "out"}
+    words = [word for name, file in options.items() for word in (f"--{name}", str(tmp_path / file))]
+    monkeypatch.setattr(sys, "argv", ["adopt_codec.py", *words])
+    main()
+    old, new = vampnet.load(tmp_path / "model"), vampnet.load(tmp_path / "out")
+    assert new.codec.fingerprint == tuned.fingerprint
+    for before, after in ((old.coarse, new.coarse), (old.fine, new.fine)):
+        codes = after.params["embedding"]["codebooks"]
+        np.testing.assert_array_equal(codes, tuned.codebooks[: len(codes)])
+        np.testing.assert_array_equal(
+            after.params["embedding"]["kernel"], before.params["embedding"]["kernel"]
+        )

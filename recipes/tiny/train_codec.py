@@ -311,31 +311,34 @@ class Trained(nn.Module):
         columns = self.notes(audio)
         return wrong, (notes - (columns[..., :-1] + columns[..., 1:]) / 2).abs().mean()
 
-    def ignorance(self, z: torch.Tensor, codes: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
-        """Minus the nats per token that z [B, D, T] tells of another's first codes.
 
-        Swapped prediction as in SwAV (Caron et al., 2020), less the entropy of the codes, whose
-        gradient comes from their running log shares `use` [n, V]: with a mere distance all
-        latents would become alike.
-        """
-        total = z.new_zeros(())
-        quantizers = self.dac.quantizer.quantizers
-        for quantizer, tokens, log_shares in zip(quantizers, codes.unbind(1), use, strict=False):
-            with torch.no_grad():
-                step = quantizer.out_proj(quantizer.decode_code(tokens))
-                directions = nn.functional.normalize(quantizer.codebook.weight)
-            latents = nn.functional.normalize(quantizer.in_proj(z))
-            logits = SHARPNESS * torch.einsum("vd,bdt->bvt", directions, latents)
-            expected = torch.einsum("bvt,v->bt", logits.softmax(1), log_shares)
-            total = total + nn.functional.cross_entropy(logits, tokens) + expected.mean()
-            z = z - step
-        return total / codes.shape[1]
+def ignorance(
+    dac: nn.Module, z: torch.Tensor, codes: torch.Tensor, use: torch.Tensor
+) -> torch.Tensor:
+    """Minus the nats per token that z [B, D, T] tells of another's first codes [B, SPECTRAL, T].
+
+    Swapped prediction as in SwAV (Caron et al., 2020), less the entropy of the codes, whose
+    gradient comes from their running log shares `use` [SPECTRAL, V]: with a mere distance all
+    latents would become alike.
+    """
+    total = z.new_zeros(())
+    quantizers = dac.quantizer.quantizers
+    for quantizer, tokens, log_shares in zip(quantizers, codes.unbind(1), use, strict=False):
+        with torch.no_grad():
+            step = quantizer.out_proj(quantizer.decode_code(tokens))
+            directions = nn.functional.normalize(quantizer.codebook.weight)
+        latents = nn.functional.normalize(quantizer.in_proj(z))
+        logits = SHARPNESS * torch.einsum("vd,bdt->bvt", directions, latents)
+        expected = torch.einsum("bvt,v->bt", logits.softmax(1), log_shares)
+        total = total + nn.functional.cross_entropy(logits, tokens) + expected.mean()
+        z = z - step
+    return total / codes.shape[1]
 
 
-def quantise(dac: nn.Module, z: torch.Tensor, keep: torch.Tensor):
+def quantise(dac: nn.Module, z: torch.Tensor, keep: torch.Tensor, apart: bool = True):
     """Quantise z [B, D, T] with the first keep[b] codebooks → sum, sum of the first, codes, …
 
-    What the first codebooks tell is not pulled at by the losses of the waveform.
+    With `apart`, what the first codebooks tell is not pulled at by the losses of the waveform.
     """
     rest, total, spectral = z, torch.zeros_like(z), torch.zeros_like(z)
     codes, latents, commitment = [], [], z.new_zeros(())
@@ -344,7 +347,7 @@ def quantise(dac: nn.Module, z: torch.Tensor, keep: torch.Tensor):
         kept = (keep > i).to(z.dtype)
         if i < SPECTRAL:
             spectral = spectral + step
-            step = step.detach()
+            step = step.detach() if apart else step
         total = total + step * kept[:, None, None]
         rest = rest - step
         commitment = commitment + (commit * kept).mean()
@@ -378,7 +381,7 @@ def backward(
     envelope, notes = model.errors(spectral, audio)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         z = model.dac.encoder(half)
-    same = model.ignorance(z.float(), codes[:, :SPECTRAL, : z.shape[-1]], use)
+    same = ignorance(model.dac, z.float(), codes[:, :SPECTRAL, : z.shape[-1]], use)
     losses = {
         "mel": loss_of(out, audio),
         "wave": (wave_error(out, audio) * keep / n).mean(),
