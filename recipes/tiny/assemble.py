@@ -25,7 +25,7 @@ from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.training.checkpoints import load_run, read_run
 
 # As choose_sampling.py measured on the validation split.
-COARSE_SAMPLING = SamplingOptions(steps=24, typical_mass=None, top_p=0.4)
+COARSE_SAMPLING = SamplingOptions(steps=24)  # otherwise as the original
 FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, sample_cutoff=0.0)
 # As choose_presets.py measured there: frames keep all 16 codebooks, or the notes are lost.
 PRESETS = {
