@@ -15,7 +15,7 @@ def start(tmp_path: Path, statuses: list[int], *, sleeps: float = 0) -> subproce
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"
-        "trap 'exit 75' TERM\n"
+        f"trap 'sleep 0.3; touch {tmp_path}/saved; exit 75' TERM\n"
         f"touch {tmp_path}/count\n"
         f"n=$(wc -l < {tmp_path}/count)\n"
         f"echo >> {tmp_path}/count\n"
@@ -66,6 +66,7 @@ def test_asked_to_terminate_it_asks_training_and_waits_for_it(tmp_path):
     script.send_signal(signal.SIGTERM)
     script.communicate(timeout=20)
     assert script.returncode == 75
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.iterdir()))

@@ -21,9 +21,10 @@ while true; do
   "$python" "$root/train.py" "$@" &
   child=$!
   [ -n "$stopping" ] && kill -TERM "$child" 2>/dev/null  # asked before the child was known
-  wait "$child"; status=$?
+  wait "$child"
   # A signal ends `wait` before the child: wait for the child to save.
-  while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done
+  while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+  wait "$child"; status=$?  # bash remembers it
   case $status in 0 | 2 | 130) exit "$status" ;; esac
   [ -n "$stopping" ] && exit "$stopping"
   if [ "$status" != 75 ]; then

@@ -5,6 +5,7 @@ masked. What `train.py` reports is of masks that are everywhere alike.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax
@@ -34,6 +35,9 @@ def main() -> None:
     print("|---|" + "---|" * len(PERIODS))
     for run in a.runs:
         params, config = load_run(run)
+        codec = read_run(run)[1]["codec"]["fingerprint"]
+        if codec != manifest.codec.fingerprint:
+            sys.exit(f"{run} was trained on tokens of another codec than {a.tokens}")
         n_frames = round(
             read_run(run)[0].window_seconds * manifest.codec.sample_rate / manifest.codec.hop_length
         )

@@ -5,6 +5,7 @@ and codebooks share; arrays of one axis as they are.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def main() -> None:
     for run in a.runs:
         params, config = load_run(run)
         manifest = read_manifest(a.tokens)
+        codec = read_run(run)[1]["codec"]["fingerprint"]
+        if codec != manifest.codec.fingerprint:
+            sys.exit(f"{run} was trained on tokens of another codec than {a.tokens}")
         frame_rate = manifest.codec.sample_rate / manifest.codec.hop_length
         window = round(read_run(run)[0].window_seconds * frame_rate)
         tracks, _ = long_enough(choose_tracks(manifest, "validation"), window, "validation")

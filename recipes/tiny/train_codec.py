@@ -231,7 +231,7 @@ class Codebooks:
 
     def __init__(self, model: nn.Module, decay: float = 0.995):
         self.codes = [q.codebook.weight.requires_grad_(False) for q in model.quantizer.quantizers]
-        self.uses = torch.zeros(len(self.codes), len(self.codes[0]))  # running mean per step
+        self.uses = torch.zeros(len(self.codes), len(self.codes[0]))  # running mean per update
         self.sums = torch.zeros(len(self.codes), *self.codes[0].shape)
         self.decay = decay
         self.recent: list[list[torch.Tensor]] = [[] for _ in self.codes]

@@ -119,14 +119,14 @@ def backward(
     return Result({name: value.item() for name, value in losses.items()} | equal, codes, latents)
 
 
-def count(dac: nn.Module, books: Codebooks, pairs: Pairs, n: int = 100) -> None:
-    """Begin the running means of codes with how often `n` excerpts use them."""
+def count(dac: nn.Module, books: Codebooks, pairs: Pairs, frames: int, n: int = 100) -> None:
+    """Begin the running means of codes, per excerpt of `frames`, with how often `n` use them."""
     rng = np.random.default_rng(0)
     with torch.no_grad():
         codes = [dac.quantizer(dac.encoder(pairs.draw(rng, 100, False).audio))[1] for _ in range(n)]
     for uses, tokens in zip(books.uses, torch.cat(codes, 2)[0], strict=True):
         uses += torch.bincount(tokens, minlength=len(uses)) / len(tokens)
-    books.uses = 60 * books.uses + 0.002  # about the frames of a step; none is never used
+    books.uses = frames * books.uses + 0.002  # none is never used
     books.sums = torch.stack(books.codes) * books.uses[..., None]
 
 
@@ -175,7 +175,7 @@ def main() -> None:
         ema, step, spent = state["ema"], state["step"], state["spent"]
         books.uses, books.sums = state["uses"], state["sums"]
     else:
-        count(model, books, pairs)
+        count(model, books, pairs, a.frames + 2 * MARGIN)
     replica = dac.DAC(**CONFIG)
     for parameter, own in zip(replica.parameters(), model.parameters(), strict=True):
         parameter.data = own.data
@@ -215,9 +215,9 @@ def main() -> None:
         norm = nn.utils.clip_grad_norm_(trained, 20.0)
         if torch.isfinite(norm):
             optimizer.step()
-        for result in results:
-            if result.codes is not None and result.latents is not None:
-                books.update(result.codes, result.latents)
+            for result in results:
+                if result.codes is not None and result.latents is not None:
+                    books.update(result.codes, result.latents)
         decay = min(0.998, (1 + step) / (20 + step))
         with torch.no_grad():
             for key, value in model.state_dict().items():
