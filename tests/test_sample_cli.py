@@ -233,6 +233,17 @@ def test_nothing_is_replaced_without_overwrite(sample, folder, without_pictures)
     assert Path("vamped/clip_1.wav").read_bytes() != before
 
 
+def test_an_input_is_never_replaced(sample, folder):
+    Path("in").mkdir()
+    for name in ("clip.wav", "clip_1.wav"):
+        Path("in", name).write_bytes((folder / "clip.wav").read_bytes())
+    before = Path("in/clip_1.wav").read_bytes()
+    code, _, err = sample("in/clip.wav", "in/clip_1.wav", "-o", "in", "--overwrite")
+    assert code == 2
+    assert "is an input" in err
+    assert Path("in/clip_1.wav").read_bytes() == before
+
+
 def test_a_failure_leaves_everything_as_it_was(sample, folder, monkeypatch, without_pictures):
     assert sample(folder / "clip.wav")[0] == 0
     before = {name: Path("vamped", name).read_bytes() for name in files(Path("vamped"))}

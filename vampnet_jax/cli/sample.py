@@ -61,10 +61,21 @@ def main(argv: list[str]) -> int:
     job = _checked(options)
     if record is not None:
         _check_meaning(job, record)
+    _keep_inputs(job, Path(options.output))
     results = Results(options.output, job.all_names(), overwrite=options.overwrite)
     with results:
         run_interruptibly(lambda: _run(job, record, results), results.discard)
     return 0
+
+
+def _keep_inputs(job: "Job", folder: Path) -> None:
+    """Refuse to replace an input of this very run, --overwrite or not."""
+    inputs = {source.path.resolve() for source in job.sources if source.path is not None}
+    for name in job.all_names():
+        if (folder / name).resolve() in inputs:
+            raise InputError(
+                f"{folder / name} is an input and would be replaced; choose another folder with -o."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
