@@ -1,5 +1,6 @@
 """The console script `vampnet`: light until it knows what to do, and Ctrl-C leaves no traceback."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import pytest
 
 import vampnet_jax as vampnet
 from codec_bridge import InputError
+from vampnet_jax import cli
+from vampnet_jax.cli import download
 from vampnet_jax.cli.naming import named_as_options
-from vampnet_jax.cli.status import INTERRUPTED
+from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR
 
 SCRIPT = "from vampnet_jax.cli import main; main()"
 """What the installed script does."""
@@ -71,6 +74,29 @@ def test_ctrl_c_while_the_libraries_are_imported_leaves_no_traceback(module):
     assert process.returncode == INTERRUPTED
     assert "Traceback" not in rest
     assert rest.endswith("interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), ValueError("I/O error: No space left on device")]
+)
+def test_a_full_disk_gets_one_sentence(error, monkeypatch, capsys):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(download, "main", main)
+    with pytest.raises(SystemExit) as exit:
+        cli.run("download", [])
+    assert exit.value.code == USER_ERROR
+    assert capsys.readouterr().err.startswith("error: The disk is full; make room")
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def main(argv):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(download, "main", main)
+    with pytest.raises(OSError, match="broken"):
+        cli.run("download", [])
 
 
 def test_the_library_has_everything_that_it_names():

@@ -20,6 +20,7 @@ from small_runs import logged, small
 from small_tokens import write_folder
 
 from codec_bridge import InputError
+from codec_bridge.errors import no_space
 from vampnet_jax.cli.status import INTERRUPTED, TRY_AGAIN
 from vampnet_jax.cli.train import TrainOptions
 from vampnet_jax.cli.train import main as train
@@ -401,11 +402,9 @@ def test_libraries_say_in_many_ways_that_a_disk_is_full():
     inner = OSError(errno.EDQUOT, "quota")
     outer = RuntimeError("writing failed")
     outer.__cause__ = inner
-    assert faults.no_space(outer)
-    assert faults.no_space(
-        ValueError("Error writing: [OS error 28: ENOSPC No space left on device]")
-    )
-    assert not faults.no_space(OSError(errno.EACCES, "denied"))
+    assert no_space(outer)
+    assert no_space(ValueError("Error writing: [OS error 28: ENOSPC No space left on device]"))
+    assert not no_space(OSError(errno.EACCES, "denied"))
 
 
 def test_a_dataset_that_vanishes_ends_with_one_sentence_and_the_run_continues_when_it_is_back(

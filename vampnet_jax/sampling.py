@@ -79,13 +79,14 @@ class SamplingOptions:
             value = getattr(self, name)
             if isinstance(value, int | float) and not (isinstance(value, int) and value >= 1):
                 raise InputError(f"{name} is {value}; it must be a whole number of at least 1.")
-        for name in (
-            "mask_temperature", "sample_cutoff", "top_p", "typical_mass", "entropy_bound",
-            "guidance",
-        ):  # fmt: skip
+        for name in ("mask_temperature", "entropy_bound", "guidance"):
             value = getattr(self, name)
             if isinstance(value, int | float) and not 0 <= value < np.inf:
                 raise InputError(f"{name} is {value}; it must be a number of at least 0.")
+        for name in ("sample_cutoff", "top_p", "typical_mass"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}; it must be a number from 0 to 1.")
         if isinstance(self.temperature, int | float) and not 0 < self.temperature < np.inf:
             raise InputError(
                 f"temperature is {self.temperature}; it must be above 0 (for the likeliest token "

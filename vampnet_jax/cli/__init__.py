@@ -6,7 +6,7 @@ Modules are imported only when their command runs, so that start-up stays short.
 import importlib
 import sys
 
-from codec_bridge.errors import InputError
+from codec_bridge.errors import InputError, no_space
 from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR, loading
 
 COMMANDS = {
@@ -51,6 +51,11 @@ def run(command: str, argv: list[str] | None = None) -> None:
         status = module.main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = USER_ERROR
+    except Exception as error:
+        if not no_space(error):
+            raise
+        print("error: The disk is full; make room and run the same command again.", file=sys.stderr)
         status = USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import contextlib
 import enum
-import errno
 import os
 import shutil
 import signal
@@ -13,11 +12,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from codec_bridge.errors import InputError
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_SPACE_WORDS = ("No space left", "quota exceeded")
-"""How libraries say it that raise no OSError."""
+from codec_bridge.errors import InputError, no_space
 
 
 class Ending(enum.Enum):
@@ -113,17 +108,6 @@ def reading(folder: str | Path) -> Iterator[None]:
             f"The tokens in {folder} cannot be read any more ({brief(error)}); mend that, then "
             "run the same command again."
         ) from error
-
-
-def no_space(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is a full disk or quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return True
-        if any(words in str(error) for words in NO_SPACE_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _is_gone(folder: str | Path) -> bool:
