@@ -25,7 +25,7 @@ from vampnet_jax.cli.status import INTERRUPTED, TRY_AGAIN
 from vampnet_jax.cli.train import TrainOptions
 from vampnet_jax.cli.train import main as train
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.training import checkpoints, faults, frequencies, loop
+from vampnet_jax.training import checkpoints, frequencies, loop
 from vampnet_jax.training.checkpoints import Checkpoints, load_run, read_run
 from vampnet_jax.training.config import TrainConfig
 from vampnet_jax.training.log import RunLog
