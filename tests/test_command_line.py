@@ -90,7 +90,7 @@ def test_a_full_disk_gets_one_sentence(error, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: The disk is full; make room")
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+def test_any_other_error_keeps_its_traceback(monkeypatch):
     def main(argv):
         raise OSError(errno.EIO, "broken")
 
