@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_codecs import random_codec
 from small_models import random_model
@@ -82,15 +84,15 @@ def test_a_run_trains_the_adapters_that_were_asked_for_with_the_recipe_for_lora(
 
 def test_checkpoints_hold_adapters_and_not_the_model(folder):
     newest = folder / "run" / "checkpoints" / "4"
-    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    stored = ocp.PyTreeCheckpointer().metadata(newest / "state").item_metadata.tree
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(stored) if leaf.shape]
     adapters, _ = load_adapters(folder / "run")
     base = vampnet.load(folder / "model").coarse.params
-    assert sum(x.nbytes for x in jax.tree.leaves(base)) > 1_300_000
-    # Adapters, their average and two moments; then what Orbax notes about each array.
-    wanted = 4 * sum(x.nbytes for x in jax.tree.leaves(adapters))
-    assert size < wanted + base["embedding"]["codebooks"].nbytes + 60_000
-    arrays = json.loads((newest / "state" / "_METADATA").read_text())["tree_metadata"]
-    assert not [name for name in arrays if "frozen" in name or "head" in name]
+    # Adapters, their average and two moments; not the counters, which have no shape.
+    wanted = 4 * sum(x.size for x in jax.tree.leaves(adapters))
+    assert sum(sizes) == wanted + base["embedding"]["codebooks"].size
+    on_disk = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    assert on_disk < sum(x.nbytes for x in jax.tree.leaves(base)) / 10
 
 
 def test_a_continued_run_ends_with_the_same_adapters(folder, tmp_path):
