@@ -96,6 +96,28 @@ def test_a_shifted_copy_has_the_pitch_and_length_of_a_faster_tape(tmp_path):
     assert seconds == pytest.approx(2 ** (-3 / 12), abs=0.01)
 
 
+def test_the_gain_of_a_copy_wanders_slowly_and_within_8_decibels(tmp_path):
+    import soundfile
+    from augment_music import SAMPLE_RATE, shift, wander
+
+    gains = 20 * np.log10(wander("game/track~1", 120 * SAMPLE_RATE))
+    assert np.abs(gains).max() <= 8.001
+    assert gains.std() > 1
+    assert np.abs(np.diff(gains[::SAMPLE_RATE])).max() <= 2.001  # decibels a second
+    np.testing.assert_array_equal(gains, 20 * np.log10(wander("game/track~1", len(gains))))
+    assert np.abs(gains - 20 * np.log10(wander("game/track~2", len(gains)))).max() > 1
+
+    square = 0.1 * np.sign(np.sin(2 * np.pi * 100 * np.arange(20 * SAMPLE_RATE) / SAMPLE_RATE))
+    soundfile.write(tmp_path / "a.wav", square, SAMPLE_RATE)
+    shift(tmp_path / "a.wav", tmp_path / "b~1.wav", 1)
+    copy, _ = soundfile.read(tmp_path / "b~1.wav")
+    levels = [np.abs(part).mean() for part in np.array_split(copy, 20)]
+    wanted = [part.mean() for part in np.array_split(wander("b~1", len(copy)), 20)]
+    np.testing.assert_allclose(
+        np.array(levels) / levels[0], np.array(wanted) / wanted[0], rtol=0.02
+    )
+
+
 def test_buzz_is_treble_that_repeats_with_the_frame_rate():
     from tune_decoder import HOP, Buzz
 
@@ -112,6 +134,26 @@ def test_buzz_is_treble_that_repeats_with_the_frame_rate():
     assert buzz(noise + 20 * slow, noise) < 0.1  # bass is none of it
     middle = torch.sin(2 * torch.pi * 1000 / 24_000 * torch.arange(24 * HOP))[None, None]
     assert buzz(noise + 20 * middle, noise) > 0.3  # one of the two bands
+
+
+def test_the_compiled_activation_is_that_of_the_codec_and_so_are_its_gradients():
+    from snake import Snake
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 30, generator=generator, dtype=torch.float64)
+    alpha = 0.5 + torch.rand(1, 5, 1, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(2, 5, 30, generator=generator, dtype=torch.float64)
+
+    def plain(x, alpha):
+        return x + torch.sin(alpha * x) ** 2 / (alpha + 1e-9)
+
+    def of(function, dtype):
+        leaves = [a.to(dtype).requires_grad_() for a in (x, alpha)]
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
+
+    for found, wanted in zip(of(Snake.apply, torch.float32), of(plain, torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_jumbled_frames_have_the_tokens_of_the_music_in_other_phases():
@@ -279,7 +321,7 @@ def test_the_encoder_learns_from_what_it_told_and_not_from_tokens_that_do_not_fi
     frames = 2 * MARGIN + 8
     books, losses = Codebooks(tiny_dac), Losses(notes=3.0, wave=0.3, buzz=0.5, adversarial=0)
     music = 0.1 * torch.randn(1, 1, frames * HOP)
-    excerpt = Excerpt(music, torch.zeros(1, 16, frames, dtype=torch.int64), torch.zeros(frames))
+    excerpt = Excerpt(music, torch.zeros(1, 16, frames, dtype=torch.int64), torch.ones(frames))
     encoder, decoder = tiny_dac.encoder.block[0].bias, tiny_dac.decoder.model[0].bias
 
     def step(side, same):

@@ -1,9 +1,10 @@
 """Every training track of the game music twice more: higher and faster, and lower and slower.
 
 By one to three semitones, as a tape that runs at another speed: resampled, so nothing is smeared
-as a phase vocoder would. (Scores are rendered anew instead: render_scores.py --variants.) Reads
-`split.json` and adds to `data/music` and its `index.json`; cache_music.py then adds the copies,
-which are as loud as their tracks, to the split. Copies already there are kept.
+as a phase vocoder would; and louder and quieter by a gain that wanders, since a track's own level
+is normalised before encoding. (Scores are rendered anew instead: render_scores.py --variants, with
+such a gain too.) Reads `split.json` and adds to `data/music` and its `index.json`; cache_music.py
+then adds the copies to the split. Copies already there are kept.
 """
 
 import argparse
@@ -24,10 +25,20 @@ def semitones(name: str, copy: int) -> int:
     return amount if copy == 1 else -amount
 
 
+def wander(name: str, samples: int) -> np.ndarray:
+    """[samples] gains, drawn from the name: every 8 s a new one, normal with 4 dB, within 8 dB."""
+    seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    step = 8 * SAMPLE_RATE
+    decibels = np.random.default_rng(seed).normal(0, 4, samples // step + 2).clip(-8, 8)
+    at = np.arange(samples, dtype=np.float32) / step
+    return 10 ** (np.interp(at, np.arange(len(decibels)), decibels).astype(np.float32) / 20)
+
+
 def shift(source: Path, target: Path, amount: int) -> float:
-    """Write the track `amount` semitones higher → its seconds."""
+    """Write the track `amount` semitones higher, with a gain that wanders → its seconds."""
     audio, rate = soundfile.read(source, dtype="float32")
     audio = soxr.resample(audio, rate * 2 ** (amount / 12), rate)
+    audio *= wander(target.stem, len(audio))
     audio /= max(1.001 * float(np.abs(audio).max(initial=0.0)), 1.0)
     temporary = target.with_name("." + target.name)
     soundfile.write(temporary, audio, rate, subtype="PCM_16")

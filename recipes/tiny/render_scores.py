@@ -6,7 +6,8 @@ Writes `data/scores/<composer>-<work>--<movement>.flac` (24 kHz mono); tracks al
 kept. Works of several movements share the part of the name before `--`.
 
 With `--variants N`, only scores of the training split, as `<track>~1` to `<track>~N`: ensembles
-drawn anew, up to four semitones higher or lower, each part left out with a chance of one in four.
+drawn anew, up to four semitones higher or lower, each part left out with a chance of one in four,
+and a gain that wanders (augment_music.py).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+from augment_music import wander
 from music21 import common, converter, instrument, tempo
 from music21.corpus import corpora
 
@@ -125,7 +127,11 @@ def render(name: str, path: Path, variant: int, sound_font: Path, longest: float
     loud = np.flatnonzero(np.abs(audio) > 1e-3)
     if not len(loud):
         raise ValueError("rendered to silence")
-    return audio[loud[0] : loud[-1] + 1]
+    audio = audio[loud[0] : loud[-1] + 1]
+    if variant:
+        audio *= wander(variant_name(name, variant), len(audio))
+        audio /= max(1.001 * float(np.abs(audio).max()), 1.0)
+    return audio
 
 
 def main() -> None:

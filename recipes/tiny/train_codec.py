@@ -27,6 +27,7 @@ from pathlib import Path
 
 import librosa
 import numpy as np
+import snake
 import soundfile
 import torch
 from torch import nn
@@ -57,25 +58,6 @@ SAME = 0.5  # weight of the first codebooks' dependence on phase
 SHIFT = 960  # samples by which audio may move without changing them: a frame
 SHARPNESS = 20.0  # of the probabilities of codes, by cosine
 MELS, SEMITONES = 80, 72  # bands of the envelope; of the notes, from C2 (65 Hz) up
-
-
-class Snake(torch.autograd.Function):
-    """x + sin²(αx)/α with its gradient written out: a third of autograd's passes over memory."""
-
-    @staticmethod
-    def forward(ctx, x, alpha):
-        alpha = alpha.to(x.dtype)
-        sine = torch.sin(alpha * x)
-        ctx.save_for_backward(x, alpha, sine)
-        return torch.addcmul(x, sine, sine / (alpha + 1e-9))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, alpha, sine = ctx.saved_tensors
-        double_sine = torch.sin(2 * alpha * x)
-        by_alpha = gradient * (double_sine * x - sine.square_() / alpha) / alpha
-        by_alpha = by_alpha.sum((0, 2), keepdim=True, dtype=torch.float32)
-        return torch.addcmul(gradient, gradient, double_sine), by_alpha
 
 
 def track_weights(sources: list[str], seconds: list[float]) -> np.ndarray:
@@ -455,7 +437,7 @@ def main() -> None:
     held = Excerpts(a.data, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
 
     dac = import_dac()
-    sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
+    snake.use_in_dac()
     torch.manual_seed(a.seed)
     model = Trained(dac.DAC(**CONFIG))
     scale_layers(model.dac, train.draw(np.random.default_rng(0), 96, 15_360, 4.0))

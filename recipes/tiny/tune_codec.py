@@ -2,18 +2,17 @@
 
 train_codec.py makes tokens, tune_decoder.py what is heard of them; here the encoder learns which
 tokens the tuned decoder makes most of. Three excerpts in four are decoded from what the encoder
-tells; the others as in tune_decoder.py, from variations and jumbled, in half of which tokens do not
-go together within a frame either. The first codebooks also answer for being the same when the music
-is moved and turned upside down (`--same`), for a language model's sake. Afterwards the music is
-tokenised anew, the models get the new codes (adopt_codec.py), and both are trained on with
-`train.py --init-from`.
+tells, of the variants of tracks as well (augment_music.py) and at random gains; the others as in
+tune_decoder.py, from variations and jumbled, in half of which tokens do not go together within a
+frame either. The first codebooks also answer for being the same when the music is moved and turned
+upside down (`--same`), for a language model's sake. Afterwards the music is tokenised anew, the
+models get the new codes (adopt_codec.py), and both are trained on with `train.py --init-from`.
 """
 
 import argparse
 import functools
 import json
 import math
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import snake
 import torch
 from torch import nn
 from train_codec import (
@@ -31,7 +31,6 @@ from train_codec import (
     Codebooks,
     Excerpts,
     MelDistance,
-    Snake,
     export,
     ignorance,
     quantise,
@@ -44,6 +43,9 @@ from codec_bridge.descript import import_dac
 
 DROPOUT = 0.15
 """How often an excerpt is decoded from its first codebooks only (quantiser dropout)."""
+
+GAINS = 3.0
+"""Standard deviation in dB of the gains of excerpts."""
 
 
 class Result(NamedTuple):
@@ -94,7 +96,6 @@ def backward(
             dac, z.float(), torch.tensor([keep]), apart=False
         )
         latents = latents.detach()
-        excerpt = excerpt._replace(kept=torch.ones_like(excerpt.kept))
         if same:
             moved = int(rng.integers(1, SHIFT))
             other = -excerpt.audio[..., moved : moved + excerpt.audio.shape[-1] - SHIFT]
@@ -119,11 +120,12 @@ def backward(
     return Result({name: value.item() for name, value in losses.items()} | equal, codes, latents)
 
 
-def count(dac: nn.Module, books: Codebooks, pairs: Pairs, frames: int, n: int = 100) -> None:
+def count(dac: nn.Module, books: Codebooks, music: Excerpts, frames: int, n: int = 100) -> None:
     """Begin the running means of codes, per excerpt of `frames`, with how often `n` use them."""
     rng = np.random.default_rng(0)
     with torch.no_grad():
-        codes = [dac.quantizer(dac.encoder(pairs.draw(rng, 100, False).audio))[1] for _ in range(n)]
+        drawn = (music.draw(rng, 1, 100 * HOP, GAINS) for _ in range(n))
+        codes = [dac.quantizer(dac.encoder(audio))[1] for audio in drawn]
     for uses, tokens in zip(books.uses, torch.cat(codes, 2)[0], strict=True):
         uses += torch.bincount(tokens, minlength=len(uses)) / len(tokens)
     books.uses = frames * books.uses + 0.002  # none is never used
@@ -156,9 +158,10 @@ def main() -> None:
     a = parser.parse_args()
     split = json.loads(a.split.read_text())
     pairs = Pairs(a.music, a.tokens, a.variations)
+    music = Excerpts(a.music, split["train"])
     held = Excerpts(a.music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
     dac = import_dac()
-    sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
+    snake.use_in_dac()
     model = dac.DAC(**CONFIG)
     model.load_state_dict(read_codec(a.codec))
     books = Codebooks(model, decay=0.999)
@@ -175,7 +178,7 @@ def main() -> None:
         ema, step, spent = state["ema"], state["step"], state["spent"]
         books.uses, books.sums = state["uses"], state["sums"]
     else:
-        count(model, books, pairs, a.frames + 2 * MARGIN)
+        count(model, books, music, a.frames + 2 * MARGIN)
     replica = dac.DAC(**CONFIG)
     for parameter, own in zip(replica.parameters(), model.parameters(), strict=True):
         parameter.data = own.data
@@ -184,6 +187,14 @@ def main() -> None:
     losses_of = Losses(a.notes, a.wave, a.buzz, 0)
     distance = MelDistance([(2048, 150), (512, 80)])
     pool = ThreadPoolExecutor(2)
+
+    def draw(rng: np.random.Generator, side: str) -> Excerpt:
+        frames = a.frames + 2 * MARGIN
+        if side == "varied":
+            return pairs.draw(rng, frames, True)
+        audio = music.draw(rng, 1, frames * HOP, GAINS)
+        tokens = torch.zeros(1, CONFIG["n_codebooks"], frames, dtype=torch.long)  # made anew
+        return Excerpt(audio, tokens, torch.ones(frames))
 
     def checkpoint_now() -> None:
         state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
@@ -199,7 +210,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-6)
         sides = ("own", ("varied", "own", "jumbled", "own")[step % 4])
-        excerpts = [pairs.draw(rng, a.frames + 2 * MARGIN, side == "varied") for side in sides]
+        excerpts = [draw(rng, side) for side in sides]
         seeds = [(a.seed, step, i) for i in range(2)]
         use = books.log_shares(SPECTRAL)
         options = {"losses_of": losses_of, "same": a.same, "use": use, "bfloat16": not a.float32}
@@ -233,7 +244,7 @@ def main() -> None:
             print(f"step {step} minute {spent / 60:.1f} {means} {rest}", flush=True)
             sums.clear()
             counts.clear()
-        if step % 250 == 0:
+        if step % 500 == 0:
             value = validate(model, ema, held, distance)
             print(f"step {step} validation mel distance {value:.4f}", flush=True)
         if spent - saved > 180:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.signal
+import snake
 import soundfile
 import torch
 from adversary import decoder_losses, discriminator, discriminator_loss
@@ -36,7 +37,6 @@ from train_codec import (
     Excerpts,
     MelDistance,
     Notes,
-    Snake,
     export,
     save,
     track_weights,
@@ -274,7 +274,7 @@ def main() -> None:
     pairs = Pairs(a.music, a.tokens, a.variations)
     held = Excerpts(a.music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
     dac = import_dac()
-    sys.modules["dac.nn.layers"].Snake1d.forward = lambda self, x: Snake.apply(x, self.alpha)
+    snake.use_in_dac()
     model = dac.DAC(**CONFIG)
     model.load_state_dict(read_codec(a.codec))
     model.requires_grad_(False)
