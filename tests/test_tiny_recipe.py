@@ -77,7 +77,14 @@ def test_shifted_copies_go_up_and_down_by_one_to_three_semitones():
     names = [f"game/track{i}" for i in range(50)]
     assert {semitones(name, 1) for name in names} == {1, 2, 3}
     assert {semitones(name, 2) for name in names} == {-1, -2, -3}
-    assert semitones(names[0], 1) == semitones(names[0], 1)
+    assert [semitones(name, 1) for name in names[:6]] == [
+        3,
+        2,
+        2,
+        2,
+        2,
+        1,
+    ]  # the same in every process
 
 
 def test_a_shifted_copy_has_the_pitch_and_length_of_a_faster_tape(tmp_path):
@@ -89,7 +96,7 @@ def test_a_shifted_copy_has_the_pitch_and_length_of_a_faster_tape(tmp_path):
     soundfile.write(
         tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate), rate
     )
-    seconds = shift(tmp_path / "a.wav", tmp_path / "b.wav", 3)
+    seconds = shift(tmp_path / "a.wav", tmp_path / "b.wav", 3)["seconds"]
     audio, _ = soundfile.read(tmp_path / "b.wav")
     peak = np.abs(np.fft.rfft(audio * np.hanning(len(audio)))).argmax() * rate / len(audio)
     assert peak == pytest.approx(440 * 2 ** (3 / 12), abs=2)
@@ -104,7 +111,9 @@ def test_the_gain_of_a_copy_wanders_slowly_and_within_8_decibels(tmp_path):
     assert np.abs(gains).max() <= 8.001
     assert gains.std() > 1
     assert np.abs(np.diff(gains[::SAMPLE_RATE])).max() <= 2.001  # decibels a second
-    np.testing.assert_array_equal(gains, 20 * np.log10(wander("game/track~1", len(gains))))
+    np.testing.assert_allclose(
+        gains[: 3 * 8 * SAMPLE_RATE : 8 * SAMPLE_RATE], [1.847, -0.999, 0.942], atol=1e-3
+    )
     assert np.abs(gains - 20 * np.log10(wander("game/track~2", len(gains)))).max() > 1
 
     square = 0.1 * np.sign(np.sin(2 * np.pi * 100 * np.arange(20 * SAMPLE_RATE) / SAMPLE_RATE))
@@ -119,7 +128,8 @@ def test_the_gain_of_a_copy_wanders_slowly_and_within_8_decibels(tmp_path):
 
 
 def test_buzz_is_treble_that_repeats_with_the_frame_rate():
-    from tune_decoder import HOP, Buzz
+    from codec_losses import Buzz
+    from codec_model import HOP
 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 1, 24 * HOP, generator=generator)
@@ -156,8 +166,28 @@ def test_the_compiled_activation_is_that_of_the_codec_and_so_are_its_gradients()
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_the_codec_in_training_computes_as_the_codec_in_use(tiny_dac, tmp_path, monkeypatch):
+    from codec_model import export
+    from snake import Snake
+
+    export(tiny_dac.state_dict(), tmp_path)
+    codec = codec_bridge.load(tmp_path / "codec.pth")
+    tokens = np.random.default_rng(0).integers(0, 1024, (1, 16, 5), np.int32)
+    calls = []
+    apply = Snake.apply
+    monkeypatch.setattr(Snake, "apply", lambda *args: calls.append(args) or apply(*args))
+    with torch.no_grad():
+        z_q = tiny_dac.quantizer.from_codes(torch.from_numpy(tokens).long())[0]
+        audio = tiny_dac.decoder(z_q)[0].numpy()
+    assert len(calls) > 10
+    monkeypatch.undo()
+    expected = np.asarray(codec.decode(tokens))
+    np.testing.assert_allclose(audio, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)
+
+
 def test_jumbled_frames_have_the_tokens_of_the_music_in_other_phases():
-    from tune_decoder import HOP, Excerpt, jumble
+    from codec_data import Excerpt, jumble
+    from codec_model import HOP
 
     class Model(torch.nn.Module):
         """Tokens that say where a frame's loudest sample lies, and its sign."""
@@ -213,10 +243,10 @@ def test_relabelled_tokens_can_be_trained_on(tmp_path, monkeypatch, small_codec)
 
 
 def test_the_adversary_learns_to_tell_and_finds_music_in_music():
-    from adversary import decoder_losses, discriminator, discriminator_loss
+    from adversary import decoder_losses, discriminator_loss, new_discriminator
 
     torch.manual_seed(0)
-    judge = discriminator(24_000)
+    judge = new_discriminator(24_000)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3)
     time = torch.arange(6000) / 24_000
     music = torch.sin(2 * torch.pi * 440 * time)[None, None]
@@ -238,13 +268,19 @@ def test_the_adversary_learns_to_tell_and_finds_music_in_music():
 
 
 def test_in_a_training_step_judge_and_decoder_keep_to_their_own_gradients():
-    from adversary import discriminator
-    from tune_decoder import HOP, MARGIN, Excerpt, Losses, backward
+    from adversary import new_discriminator
+    from codec_data import MARGIN, Excerpt
+    from codec_losses import Losses
+    from codec_model import HOP
+    from tune_decoder import backward
 
     torch.manual_seed(0)
     frames = 2 * MARGIN + 8
     decoder = torch.nn.ConvTranspose1d(4, 1, HOP, HOP)
-    judge, losses = discriminator(24_000), Losses(notes=3.0, wave=0.3, buzz=0.5, adversarial=0.03)
+    judge, losses = (
+        new_discriminator(24_000),
+        Losses(notes=3.0, wave=0.3, buzz=0.5, adversarial=0.03),
+    )
     music = 0.1 * torch.randn(1, 1, frames * HOP)
     excerpt = Excerpt(music, torch.zeros(1, 16, frames, dtype=torch.int64), torch.ones(frames))
     latents = torch.randn(1, 4, frames)
@@ -256,17 +292,17 @@ def test_in_a_training_step_judge_and_decoder_keep_to_their_own_gradients():
     names, alone = step(None, False)
     assert names == {"mel", "notes", "wave", "buzz"}
     names, judged = step(judge, False)
-    assert names == {"mel", "notes", "wave", "buzz", "verdict", "features"}
+    assert names == {"mel", "notes", "wave", "buzz", "adversarial", "feature_matching"}
     assert all(parameter.grad is None for parameter in judge.parameters())
     assert not torch.allclose(judged, alone)
     names, while_learning = step(judge, True)
-    assert "judge" in names
+    assert "discriminator" in names
     assert all(parameter.grad is not None for parameter in judge.parameters())
     torch.testing.assert_close(while_learning, judged)
 
 
 def test_an_update_takes_the_mean_of_two_replicas_and_nothing_that_is_not_finite():
-    from tune_decoder import share, update
+    from codec_loop import share, update
 
     module = torch.nn.utils.weight_norm(torch.nn.Conv1d(2, 2, 3))
     replica = share(torch.nn.utils.weight_norm(torch.nn.Conv1d(2, 2, 3)), module)
@@ -275,29 +311,27 @@ def test_an_update_takes_the_mean_of_two_replicas_and_nothing_that_is_not_finite
     before = [parameter.clone() for parameter in ours]
     for a, b in zip(ours, theirs, strict=True):
         a.grad, b.grad = torch.full_like(a, 0.1), torch.full_like(b, 0.3)
-    update(optimizer, ours, theirs)
+    assert update(optimizer, [module, replica])[1]
     for old, new in zip(before, ours, strict=True):
         torch.testing.assert_close(new, old - 0.02)
     x = torch.randn(1, 2, 5)
     torch.testing.assert_close(replica(x), module(x))
     before = [parameter.clone() for parameter in ours]
     ours[0].grad[:] = torch.nan
-    update(optimizer, ours, theirs)
+    assert not update(optimizer, [module, replica])[1]
     assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True))
 
 
 @pytest.fixture
 def tiny_dac():
-    from train_codec import CONFIG
-
-    from codec_bridge.descript import import_dac
+    from codec_model import build
 
     torch.manual_seed(0)
-    return import_dac().DAC(**CONFIG)
+    return build()
 
 
 def test_losses_of_the_waveform_reach_the_first_codebooks_unless_kept_apart(tiny_dac):
-    from train_codec import SPECTRAL, quantise
+    from codec_model import SPECTRAL, quantise
 
     z = torch.randn(1, 192, 6)
     first = tiny_dac.quantizer.quantizers[0].out_proj.bias
@@ -314,24 +348,27 @@ def test_losses_of_the_waveform_reach_the_first_codebooks_unless_kept_apart(tiny
 
 
 def test_the_encoder_learns_from_what_it_told_and_not_from_tokens_that_do_not_fit(tiny_dac):
-    from train_codec import SPECTRAL, Codebooks
+    from codec_data import MARGIN, Excerpt
+    from codec_losses import Losses
+    from codec_model import HOP, SPECTRAL, EMACodebooks
     from tune_codec import backward
-    from tune_decoder import HOP, MARGIN, Excerpt, Losses
 
     frames = 2 * MARGIN + 8
-    books, losses = Codebooks(tiny_dac), Losses(notes=3.0, wave=0.3, buzz=0.5, adversarial=0)
+    books, losses = EMACodebooks(tiny_dac), Losses(notes=3.0, wave=0.3, buzz=0.5, adversarial=0)
     music = 0.1 * torch.randn(1, 1, frames * HOP)
     excerpt = Excerpt(music, torch.zeros(1, 16, frames, dtype=torch.int64), torch.ones(frames))
     encoder, decoder = tiny_dac.encoder.block[0].bias, tiny_dac.decoder.model[0].bias
+    first = tiny_dac.quantizer.quantizers[0].out_proj.bias
 
     def step(side, same):
-        use = books.log_shares(SPECTRAL)
-        result = backward(tiny_dac, side, excerpt, (0, 1), losses, same, use, False)
+        use, rng = books.log_shares(SPECTRAL), np.random.default_rng(1)
+        result = backward(tiny_dac, side, excerpt, rng, losses, same, use, False)
         learnt = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in (encoder, decoder)]
         return result, learnt
 
     result, learnt = step("own", 0.0)
     assert learnt == [True, True]
+    assert first.grad.abs().sum() > 0  # the waveform's losses reach the first codebooks
     assert set(result.losses) == {"mel", "notes", "wave", "buzz", "commit"}
     assert result.codes.shape == (1, 16, frames)
     alone = encoder.grad.clone()
@@ -345,8 +382,9 @@ def test_the_encoder_learns_from_what_it_told_and_not_from_tokens_that_do_not_fi
 
 
 def test_of_a_variation_the_kept_frames_have_the_tokens_of_the_codec_as_it_is_now(tiny_dac):
+    from codec_data import Excerpt
+    from codec_model import HOP
     from tune_codec import unfit
-    from tune_decoder import HOP, Excerpt
 
     music = 0.1 * torch.randn(1, 1, 10 * HOP)
     kept = torch.tensor([1.0, 0.0] * 5)
@@ -386,3 +424,126 @@ def test_models_that_adopt_a_codec_change_nothing_but_their_codes(
         assert after.config == before.config
     assert new.coarse_sampling == old.coarse_sampling
     assert (new.coarse_window, new.fine_window) == (old.coarse_window, old.fine_window)
+
+
+def test_what_is_random_in_a_step_is_drawn_from_streams_of_its_own():
+    from codec_loop import generators
+
+    draws = [rng.random() for step in (0, 1) for rng in generators(3, step, 3)]
+    assert len(set(draws)) == 6
+    assert draws[3:] == [rng.random() for rng in generators(3, 1, 3)]
+    assert np.random.default_rng((3, 1)).random() not in draws
+
+
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path, monkeypatch, capsys
+):
+    import codec_loop
+
+    monkeypatch.setattr(codec_loop, "export", lambda ema, out: None)
+    monkeypatch.setattr(codec_loop.Run, "validate", lambda self: 0.0)
+    monkeypatch.setattr(codec_loop, "LOG_EVERY", 6)
+    monkeypatch.setattr(codec_loop, "SAVE_EVERY", 0.0)
+
+    def train(out, stop=None):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(module.parameters())
+        run = codec_loop.Run(
+            out, module, optimizer, None, lambda: {"model": module.state_dict()},
+            minutes=1e9, steps=6, learning_rate=0.1,
+        )  # fmt: skip
+        if state := run.resume():
+            module.load_state_dict(state["model"])
+        for step in run.steps():
+            if step == stop:
+                return None
+            rng = codec_loop.generators(0, step, 1)[0]
+            optimizer.zero_grad()
+            module(torch.from_numpy(rng.random((4, 3), np.float32))).square().mean().backward()
+            codec_loop.update(optimizer, [module])
+            run.note("step", step)
+        return module.state_dict(), run.ema
+
+    whole = train(tmp_path / "whole")
+    assert "step 6 minute 0.0 step 2.500" in capsys.readouterr().out
+    assert train(tmp_path / "parts", stop=3) is None
+    parts = train(tmp_path / "parts")
+    out = capsys.readouterr().out
+    assert "resumed at step 3" in out
+    assert "step 6 minute 0.0 step 4.000" in out  # the mean of what was noted since
+    for ours, theirs in zip(parts, whole, strict=True):
+        for name in theirs:
+            assert torch.equal(ours[name], theirs[name])
+    assert not torch.equal(whole[0]["weight"], whole[1]["weight"])  # averaged
+
+
+def test_centred_codes_tell_the_decoder_what_they_told_it(tiny_dac):
+    from codec_model import SPECTRAL, EMACodebooks, quantise
+
+    z = torch.randn(2, 192, 40)
+    books = EMACodebooks(tiny_dac)
+    before = quantise(tiny_dac, z, torch.full((2,), 16))
+    books.update(before.codes, before.latents)
+    assert (books.uses.sum(1) > 0).all()
+    out_proj = tiny_dac.quantizer.quantizers[0].out_proj
+
+    def told():
+        return out_proj(books.codes[0][before.codes[:, 0]].transpose(1, 2))
+
+    as_it_was = told()
+    books.centre(tiny_dac, SPECTRAL)
+    torch.testing.assert_close(told(), as_it_was, rtol=1e-4, atol=1e-5)
+    mean = books.sums[0].sum(0) / books.uses[0].sum()
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+
+
+def test_dead_codes_are_replaced_by_what_the_encoder_gave_of_late(tiny_dac):
+    from codec_model import EMACodebooks
+
+    books = EMACodebooks(tiny_dac)
+    tokens = torch.arange(64).repeat(16, 1)[None]  # only the first 64 codes are used
+    latents = torch.randn(1, 16 * 8, 64)
+    books.update(tokens, latents)
+    torch.testing.assert_close(books.codes[3][:64], latents[0, 24:32].T, rtol=1e-4, atol=1e-5)
+    untouched = books.codes[3][64:128].clone()
+    books.reseed(torch.Generator().manual_seed(0))
+    found = (books.codes[3][64:128, None] == latents[0, 24:32].T[None]).all(-1).any(1)
+    assert found.all()
+    assert not torch.equal(untouched, books.codes[3][64:128])
+
+
+def test_tokens_of_the_same_music_are_found_nearer_than_those_of_other_music(tiny_dac):
+    from codec_losses import swapped_prediction
+    from codec_model import SPECTRAL, EMACodebooks, quantise
+
+    z = 3 * torch.randn(2, 192, 30)
+    codes = quantise(tiny_dac, z, torch.full((2,), 16)).codes[:, :SPECTRAL]
+    use = EMACodebooks(tiny_dac).log_shares(SPECTRAL)
+    same = swapped_prediction(tiny_dac, z, codes, use)
+    assert same < swapped_prediction(tiny_dac, z, codes.flip(0), use) - 1
+
+
+def test_the_waveforms_error_counts_only_what_was_kept():
+    from codec_losses import wave_error
+
+    music = torch.randn(2, 1, 100)
+    silence = torch.zeros_like(music)
+    torch.testing.assert_close(wave_error(silence, music), torch.ones(2), rtol=1e-3, atol=0)
+    half = torch.cat([music[..., :50], silence[..., 50:]], -1)
+    kept = (torch.arange(100) < 50).float()
+    assert (wave_error(half, music, kept) < 1e-6).all()
+    assert (wave_error(half, music, 1 - kept) > 0.9).all()
+
+
+def test_a_codec_is_read_back_as_it_was_exported(tmp_path, tiny_dac):
+    from codec_model import build, export, read_codec
+
+    export(tiny_dac.state_dict(), tmp_path)
+    audio = 0.1 * torch.randn(1, 1, 4 * 960)
+    for name, tolerance in (("codec.pth", 1e-6), ("codec.safetensors", 2e-2)):
+        again = build()
+        again.load_state_dict(read_codec(tmp_path / name))
+        with torch.no_grad():
+            z, expected = again.encoder(audio), tiny_dac.encoder(audio)
+        assert (z - expected).abs().max() < tolerance * expected.abs().max()

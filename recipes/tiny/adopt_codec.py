@@ -31,7 +31,7 @@ def main() -> None:
         return stage._replace(params=stage.params | {"embedding": embedding})
 
     coarse, fine = adopting(model.coarse), adopting(model.fine)
-    save(dataclasses.replace(model, coarse=coarse, fine=fine, codec=codec), a.out)
+    save(dataclasses.replace(model, coarse=coarse, fine=fine, codec=codec), a.out, overwrite=True)
 
 
 if __name__ == "__main__":

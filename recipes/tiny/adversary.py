@@ -13,16 +13,18 @@ from torch import nn
 from codec_bridge.descript import import_dac
 
 
-def discriminator(sample_rate: int) -> nn.Module:
-    """Audio [B, 1, samples] → per resolution the features of every layer, the verdict last."""
+def new_discriminator(sample_rate: int) -> nn.Module:
+    """Audio [B, 1, samples] → per resolution the features of every layer, its verdict last."""
     import_dac()
     module = importlib.import_module("dac.model.discriminator")
     return module.Discriminator(periods=[], sample_rate=sample_rate)
 
 
-def discriminator_loss(judge: nn.Module, made: torch.Tensor, music: torch.Tensor) -> torch.Tensor:
+def discriminator_loss(
+    discriminator: nn.Module, made: torch.Tensor, music: torch.Tensor
+) -> torch.Tensor:
     """Small where music is found to be 1 and what was `made` 0. `made` gets no gradient."""
-    verdicts = zip(judge(made.detach()), judge(music), strict=True)
+    verdicts = zip(discriminator(made.detach()), discriminator(music), strict=True)
     return sum(
         fake[-1].float().square().mean() + (1 - real[-1].float()).square().mean()
         for fake, real in verdicts
@@ -30,12 +32,12 @@ def discriminator_loss(judge: nn.Module, made: torch.Tensor, music: torch.Tensor
 
 
 def decoder_losses(
-    judge: nn.Module, made: torch.Tensor, music: torch.Tensor
+    discriminator: nn.Module, made: torch.Tensor, music: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How far `made` is from being taken for music, and the distance of its features."""
     with torch.no_grad():
-        real = judge(music)
-    fake = judge(made)
+        real = discriminator(music)
+    fake = discriminator(made)
     verdict = sum((1 - layers[-1].float()).square().mean() for layers in fake)
     features = sum(
         (a.float() - b.float()).abs().mean()

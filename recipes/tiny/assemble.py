@@ -89,10 +89,9 @@ def main() -> None:
         for name in FILES:
             (Path(folder) / "model" / name).replace(a.out / name)
     (a.out / FREQUENCIES).unlink(missing_ok=True)  # those of another codec; token_frequencies.py
-    model = load(a.out)
     cut_example(a.music / f"{a.example}.wav", a.out / "example.flac")
     total = sum(file.stat().st_size for file in a.out.iterdir())
-    print(f"{a.out}: {total / 2**20:.1f} MiB, codec {codec.fingerprint[:12]}")
+    print(f"{a.out}: {total / 2**20:.1f} MiB, codec {load(a.out).codec.fingerprint[:12]}")
 
 
 if __name__ == "__main__":

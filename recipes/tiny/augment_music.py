@@ -10,13 +10,12 @@ then adds the copies to the split. Copies already there are kept.
 import argparse
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
-from cache_music import SAMPLE_RATE, SPLIT_FILE, VARIANT, write_json
+from cache_music import SAMPLE_RATE, SPLIT_FILE, VARIANT, write_json, write_track
 
 
 def semitones(name: str, copy: int) -> int:
@@ -34,16 +33,11 @@ def wander(name: str, samples: int) -> np.ndarray:
     return 10 ** (np.interp(at, np.arange(len(decibels)), decibels).astype(np.float32) / 20)
 
 
-def shift(source: Path, target: Path, amount: int) -> float:
-    """Write the track `amount` semitones higher, with a gain that wanders → its seconds."""
+def shift(source: Path, target: Path, amount: int) -> dict[str, float]:
+    """Write the track `amount` semitones higher, with a gain that wanders → as `write_track`."""
     audio, rate = soundfile.read(source, dtype="float32")
     audio = soxr.resample(audio, rate * 2 ** (amount / 12), rate)
-    audio *= wander(target.stem, len(audio))
-    audio /= max(1.001 * float(np.abs(audio).max(initial=0.0)), 1.0)
-    temporary = target.with_name("." + target.name)
-    soundfile.write(temporary, audio, rate, subtype="PCM_16")
-    os.replace(temporary, target)
-    return len(audio) / SAMPLE_RATE
+    return write_track(audio * wander(target.stem, len(audio)), target)
 
 
 def main() -> None:
@@ -61,10 +55,9 @@ def main() -> None:
             new, amount = f"{name}{VARIANT}{copy}", semitones(name, copy)
             target = a.music / f"{new}.wav"
             if new not in index or not target.exists():
-                seconds = shift(a.music / f"{name}.wav", target, amount)
-                index[new] = {"seconds": round(seconds, 2), "loudness": index[name]["loudness"]}
+                index[new] = shift(a.music / f"{name}.wav", target, amount)
                 write_json(index_file, index)
-                print(f"{new}: {amount:+d} semitones, {seconds:.0f} s", flush=True)
+                print(f"{new}: {amount:+d} semitones, {index[new]['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from train_codec import export
+from codec_model import export, read_codec
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.85, help="of the second")
     parser.add_argument("--out", type=Path, default=Path("runs/blended"))
     a = parser.parse_args()
-    before, after = (torch.load(p, weights_only=True)["ema"] for p in (a.before, a.after))
+    before, after = (read_codec(path) for path in (a.before, a.after))
     for name in before.keys() | after.keys():
         if not name.startswith("decoder.") and not torch.equal(before[name], after[name]):
             sys.exit(f"{a.before} and {a.after} differ in {name}, not in the decoder alone")

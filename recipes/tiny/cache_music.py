@@ -10,7 +10,6 @@ tracks are only ever added.
 import argparse
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import numpy as np
 import pyloudnorm
 import soundfile
 import soxr
+
+from codec_bridge.atomic import atomic_write
 
 SAMPLE_RATE = 24_000
 SHARE = 0.08  # of a source's seconds that validation and test each get, at least
@@ -34,9 +35,17 @@ SPLIT_FILE = Path(__file__).parent / "split.json"
 
 
 def write_json(path: Path, content: object) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_track(audio: np.ndarray, target: Path) -> dict[str, float]:
+    """Write `[samples]` at 24 kHz, their peak below 1 → seconds and loudness (LUFS)."""
+    audio = audio / max(1.001 * float(np.abs(audio).max(initial=0.0)), 1.0)
+    loudness = float(pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(audio))
+    with atomic_write(target) as temporary:
+        soundfile.write(temporary, audio, SAMPLE_RATE, subtype="PCM_16")
+    return {"seconds": round(len(audio) / SAMPLE_RATE, 2), "loudness": round(loudness, 2)}
 
 
 def track_name(path: Path) -> str:
@@ -50,16 +59,9 @@ def work_of(source: str, track: str) -> str:
 
 
 def decode(path: Path, target: Path) -> dict[str, float]:
-    """Write one track and return its seconds and its loudness (LUFS)."""
+    """Write one track → what `write_track` tells of it."""
     audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
-    peak = float(np.abs(audio).max(initial=0.0))
-    audio = audio / max(1.001 * peak, 1.0)
-    loudness = float(pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(audio))
-    temporary = target.with_name("." + target.name)
-    soundfile.write(temporary, audio, SAMPLE_RATE, subtype="PCM_16")
-    os.replace(temporary, target)
-    return {"seconds": round(len(audio) / SAMPLE_RATE, 2), "loudness": round(loudness, 2)}
+    return write_track(soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE), target)
 
 
 def assign(split: dict[str, list[str]], source: str, seconds: dict[str, float]) -> None:

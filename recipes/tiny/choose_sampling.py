@@ -16,51 +16,21 @@ from vampnet_jax.prompts import Prompt
 from vampnet_jax.sampling import SamplingOptions
 
 OFF = {"typical_mass": None}
-EACH = OFF | {"codebook_steps": (1,) * 12}
-"""One step per codebook of the fine model."""
-WAYS: dict[str, tuple[dict, dict]] = {
-    "original": ({}, {}),
-    "no filter": (OFF, OFF),
-    "temperature 0.8": (OFF | {"temperature": 0.8}, OFF | {"temperature": 0.8}),
-    "temperature 0.6": (OFF | {"temperature": 0.6}, OFF | {"temperature": 0.6}),
-    "top-p 0.7": (OFF | {"top_p": 0.7}, OFF | {"top_p": 0.7}),
-    "top-p 0.4": (OFF | {"top_p": 0.4}, OFF | {"top_p": 0.4}),
-    "top-k 32": (OFF | {"top_k": 32}, OFF | {"top_k": 32}),
-    "top-p 0.4, surer first": (
-        OFF | {"top_p": 0.4, "mask_temperature": 3.0},
-        OFF | {"top_p": 0.4, "mask_temperature": 3.0},
-    ),
-    "fine likeliest": ({}, OFF | {"sample_cutoff": 0.0}),
-    "no filter, fine likeliest": (OFF, OFF | {"sample_cutoff": 0.0}),
-    "no filter, 60 steps, fine likeliest": (OFF | {"steps": 60}, OFF | {"sample_cutoff": 0.0}),
-    "temperature 0.9, fine likeliest": (OFF | {"temperature": 0.9}, OFF | {"sample_cutoff": 0.0}),
-    "temperature 0.7, fine likeliest": (OFF | {"temperature": 0.7}, OFF | {"sample_cutoff": 0.0}),
-    "cut-off 0.5, fine likeliest": (OFF | {"sample_cutoff": 0.5}, OFF | {"sample_cutoff": 0.0}),
-    "top-p 0.4, fine likeliest": (OFF | {"top_p": 0.4}, OFF | {"sample_cutoff": 0.0}),
-    "top-p 0.9, fine likeliest": (OFF | {"top_p": 0.9}, OFF | {"sample_cutoff": 0.0}),
-    "guidance 0.5, fine likeliest": ({"guidance": 0.5}, OFF | {"sample_cutoff": 0.0}),
-    "guidance 1, fine likeliest": ({"guidance": 1.0}, OFF | {"sample_cutoff": 0.0}),
-    "spread, no filter, 60 steps, fine likeliest": (
-        OFF | {"order": "spread", "steps": 60},
-        OFF | {"sample_cutoff": 0.0},
-    ),
-    "spread, fine likeliest": ({"order": "spread"}, OFF | {"sample_cutoff": 0.0}),
-    "fine by codebook": ({}, EACH),
-    "fine by codebook, typical": ({}, {"codebook_steps": (1,) * 12}),
-    "fine by codebook, temperature 0.7": ({}, EACH | {"temperature": 0.7}),
-    "fine by codebook, top-p 0.5": ({}, EACH | {"top_p": 0.5}),
-    "fine by codebook, likeliest": ({}, EACH | {"sample_cutoff": 0.0}),
-    "no filter, fine by codebook": (OFF, EACH),
-    "temperature 0.7, fine by codebook": (OFF | {"temperature": 0.7}, EACH),
-    "top-p 0.7, fine by codebook": (OFF | {"top_p": 0.7}, EACH),
-    "likeliest, fine by codebook": (
-        OFF | {"sample_cutoff": 0.0, "mask_temperature": 3.0},
-        EACH,
-    ),
-    "likeliest": (
-        OFF | {"sample_cutoff": 0.0, "mask_temperature": 3.0},
-        OFF | {"sample_cutoff": 0.0},
-    ),
+LIKELIEST = OFF | {"sample_cutoff": 0.0}
+WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
+    "as the original": ({}, {}),
+    "as the original, likeliest": ({}, LIKELIEST),
+    "no filter, likeliest": (OFF, LIKELIEST),
+    "temperature 0.9, likeliest": (OFF | {"temperature": 0.9}, LIKELIEST),
+    "temperature 0.7, likeliest": (OFF | {"temperature": 0.7}, LIKELIEST),
+    "top-p 0.9, likeliest": (OFF | {"top_p": 0.9}, LIKELIEST),
+    "top-p 0.7, likeliest": (OFF | {"top_p": 0.7}, LIKELIEST),
+    "top-p 0.4, likeliest": (OFF | {"top_p": 0.4}, LIKELIEST),
+    "top-k 32, likeliest": (OFF | {"top_k": 32}, LIKELIEST),
+    "guidance 0.5, likeliest": ({"guidance": 0.5}, LIKELIEST),
+    "spread, likeliest": ({"order": "spread"}, LIKELIEST),
+    "likeliest, likeliest": (LIKELIEST | {"mask_temperature": 3.0}, LIKELIEST),
+    "top-p 0.7, top-p 0.7": (OFF | {"top_p": 0.7}, OFF | {"top_p": 0.7}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Measure tiny on the test split: codec, masked-token losses, and how far variations stray.
+"""Measure tiny on the test split: codec, use of its codes, and losses of masked tokens.
 
 Prints a Markdown table per topic, for the model card, and writes all figures as JSON.
 """
@@ -69,51 +69,10 @@ def measure_stage(
     }
 
 
-def hold(tokens: np.ndarray, mask: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fill the first n codebooks of every frame with those of the kept frame before, and keep them.
-
-    What a coarse model has to do better than. Tokens and mask are `[1, C, T]`.
-    """
-    kept = ~mask[0, 0]
-    before = np.maximum.accumulate(np.where(kept, np.arange(len(kept)), np.argmax(kept)))
-    held, rest = tokens.copy(), mask.copy()
-    held[:, :n], rest[:, :n] = tokens[:, :n, before], False
-    return held, rest
-
-
-def measure_variations(
-    model: Model, audio: list[tuple[str, np.ndarray]], seed: int
-) -> dict[str, tuple[float, float]]:
-    """Mel distance and chroma correlation with the input: variations by preset, random tokens."""
-    measured: dict[str, list[tuple[float, float]]] = {}
-    codec = model.codec
-    for number, (_, clip) in enumerate(audio):
-        tokens = codec.encode(clip[None])
-        made = {"codec alone": tokens}
-        for name in ("small-variation", "medium-variation", "large-variation"):
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            frame_rate = codec.sample_rate / codec.hop_length
-            mask = model.presets[name].mask(tokens.shape, key, frame_rate=frame_rate)
-            made[name] = vampnet.vamp(model, tokens, mask, key)
-            if name == "medium-variation":
-                held, mask = hold(
-                    np.asarray(tokens), np.asarray(mask), model.coarse.config.n_codebooks
-                )
-                made["kept frames held, fine model"] = vampnet.vamp(model, held, mask, key)
-        rng = np.random.default_rng((seed, number))
-        made["random tokens"] = rng.integers(0, codec.codebook_size, tokens.shape, np.int32)
-        for name, new in made.items():
-            decoded = np.asarray(codec.decode(new))[0]
-            values = mel_distance(clip, decoded), chroma_correlation(clip, decoded)
-            measured.setdefault(name, []).append(values)
-    return {name: tuple(np.mean(values, axis=0).tolist()) for name, values in measured.items()}
-
-
 def main() -> None:
     parser = options(__doc__, n_clips=4)
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation.json"))
-    parser.add_argument("--varied", type=int, default=2, help="of these clips, how many to vary")
     parser.add_argument("--excerpts", type=int, default=96, help="windows for the losses")
     a = parser.parse_args()
     path = a.tokens / "manifest.json"
@@ -151,11 +110,6 @@ def main() -> None:
         print(f"\n| {name}, accuracy | untrained | unigram | model |\n|---|---|---|---|")
         for key in ("top1/r<0.5", "top1/r>=0.5", "top25/r<0.5", "top25/r>=0.5"):
             print(f"| {key} | " + " | ".join(f"{row[key]:.1%}" for row in rows.values()) + " |")
-    varied = [clip for i, clip in enumerate(audio) if i % a.clips < a.varied]
-    result["variations"] = measure_variations(model, varied, a.seed)
-    print("\n| | mel distance to the input | chroma correlation |\n|---|---|---|")
-    for name, (distance, chroma) in result["variations"].items():
-        print(f"| {name} | {distance:.3f} | {chroma:.2f} |")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(result, indent=1) + "\n")
 

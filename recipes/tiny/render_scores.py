@@ -13,8 +13,8 @@ and a gain that wanders (augment_music.py).
 import argparse
 import hashlib
 import json
-import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,10 +24,12 @@ import numpy as np
 import soundfile
 import soxr
 from augment_music import wander
+from cache_music import SAMPLE_RATE, VARIANT
 from music21 import common, converter, instrument, tempo
 from music21.corpus import corpora
 
-SAMPLE_RATE = 24_000
+from codec_bridge.atomic import atomic_write
+
 SCORES = {  # folder of music21's corpus → how many tracks at most
     "bach": 110,
     "monteverdi": 24,
@@ -86,7 +88,7 @@ def chosen_scores() -> list[tuple[str, Path]]:
 
 def variant_name(name: str, variant: int) -> str:
     """`name` itself for variant 0."""
-    return f"{name}~{variant}" if variant else name
+    return f"{name}{VARIANT}{variant}" if variant else name
 
 
 def render(name: str, path: Path, variant: int, sound_font: Path, longest: float) -> np.ndarray:
@@ -148,6 +150,8 @@ def main() -> None:
     sound_font = a.data / SOUND_FONT
     if not sound_font.exists():
         sys.exit(f"{sound_font} does not exist; run fetch.sh first")
+    if not shutil.which("fluidsynth"):
+        sys.exit("fluidsynth is not installed (Debian: apt-get install fluidsynth)")
     out = a.data / "scores"
     out.mkdir(parents=True, exist_ok=True)
     split = Path(__file__).parent / "split.json"
@@ -166,9 +170,8 @@ def main() -> None:
                 except Exception as error:  # music21 raises whatever a score's quirk leads to
                     print(f"{target.stem}: left out ({type(error).__name__}: {error})", flush=True)
                     continue
-                temporary = out / f".{target.stem}.part"
-                soundfile.write(temporary, audio, SAMPLE_RATE, format="FLAC")
-                os.replace(temporary, target)
+                with atomic_write(target) as temporary:
+                    soundfile.write(temporary, audio, SAMPLE_RATE, format="FLAC")
             length = soundfile.info(target).duration
             seconds += length
             print(f"{target.stem}: {length:.0f} s, {seconds / 60:.1f} minutes in all", flush=True)

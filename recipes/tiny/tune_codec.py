@@ -9,37 +9,29 @@ upside down (`--same`), for a language model's sake. Afterwards the music is tok
 models get the new codes (adopt_codec.py), and both are trained on with `train.py --init-from`.
 """
 
-import argparse
 import functools
 import json
-import math
-import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import snake
 import torch
-from torch import nn
-from train_codec import (
-    COMMITMENT,
+from codec_data import MARGIN, Excerpt, Excerpts, Pairs, jumble
+from codec_loop import Run, generators, share, trained, update
+from codec_losses import Losses, swapped_prediction
+from codec_model import (
     CONFIG,
-    SHIFT,
+    HOP,
     SPECTRAL,
-    Codebooks,
-    Excerpts,
-    MelDistance,
-    export,
-    ignorance,
+    EMACodebooks,
+    build,
+    codebooks,
     quantise,
-    save,
-    validate,
+    read_codec,
 )
-from tune_decoder import HOP, MARGIN, Excerpt, Losses, Pairs, jumble, read_codec
-
-from codec_bridge.descript import import_dac
+from torch import nn
+from train_codec import COMMITMENT
+from tune_decoder import tuning_options
 
 DROPOUT = 0.15
 """How often an excerpt is decoded from its first codebooks only (quantiser dropout)."""
@@ -74,7 +66,7 @@ def backward(
     dac: nn.Module,
     side: str,
     excerpt: Excerpt,
-    seed: tuple[int, ...],
+    rng: np.random.Generator,
     losses_of: Losses,
     same: float,
     use: torch.Tensor,
@@ -83,7 +75,6 @@ def backward(
     """Set the gradients of the codec for one excerpt: "own", "varied" or "jumbled"."""
     torch.set_num_threads(1)
     dac.zero_grad(set_to_none=True)
-    rng = np.random.default_rng(seed)
     losses, codes, latents, equal = {}, None, None, {}
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
     if side == "own":
@@ -92,26 +83,25 @@ def backward(
         keep = CONFIG["n_codebooks"]
         if rng.random() < DROPOUT:
             keep = int(rng.integers(SPECTRAL, keep))
-        total, _, codes, latents, losses["commit"] = quantise(
-            dac, z.float(), torch.tensor([keep]), apart=False
-        )
-        latents = latents.detach()
+        quantised = quantise(dac, z.float(), torch.tensor([keep]), apart=False)
+        z_q, codes, latents = quantised.z_q, quantised.codes, quantised.latents.detach()
+        losses["commit"] = quantised.commitment
         if same:
-            moved = int(rng.integers(1, SHIFT))
-            other = -excerpt.audio[..., moved : moved + excerpt.audio.shape[-1] - SHIFT]
+            moved = int(rng.integers(1, HOP))
+            other = -excerpt.audio[..., moved : moved + excerpt.audio.shape[-1] - HOP]
             with autocast():
                 z = dac.encoder(other)
             first = codes[:, :SPECTRAL, : z.shape[-1]]
-            losses["same"] = ignorance(dac, z.float(), first, use)
+            losses["same"] = swapped_prediction(dac, z.float(), first, use)
             with torch.no_grad():
                 again = dac.quantizer(z.float())[1][:, :SPECTRAL]
             equal = {"equal": (again == first).float().mean().item()}
     else:
         excerpt = unfit(dac, side, excerpt, rng)
         with torch.no_grad():
-            total = dac.quantizer.from_codes(excerpt.tokens)[0]
+            z_q = dac.quantizer.from_codes(excerpt.tokens)[0]
     with autocast():
-        out = dac.decoder(total)
+        out = dac.decoder(z_q)
     inside = slice(MARGIN * HOP, -MARGIN * HOP)
     kept = excerpt.kept.repeat_interleave(HOP)[inside]
     losses |= losses_of(out.float()[..., inside], excerpt.audio[..., inside], kept)
@@ -120,7 +110,7 @@ def backward(
     return Result({name: value.item() for name, value in losses.items()} | equal, codes, latents)
 
 
-def count(dac: nn.Module, books: Codebooks, music: Excerpts, frames: int, n: int = 100) -> None:
+def count(dac: nn.Module, books: EMACodebooks, music: Excerpts, frames: int, n: int = 100) -> None:
     """Begin the running means of codes, per excerpt of `frames`, with how often `n` use them."""
     rng = np.random.default_rng(0)
     with torch.no_grad():
@@ -133,126 +123,60 @@ def count(dac: nn.Module, books: Codebooks, music: Excerpts, frames: int, n: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--music", type=Path, default=Path("data/music"))
-    parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
-    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
-    parser.add_argument("--variations", type=Path, default=Path("data/variations"))
-    parser.add_argument("--codec", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/tuned"))
-    parser.add_argument("--minutes", type=float, default=60, help="training time, all runs")
-    parser.add_argument("--frames", type=int, default=24, help="of an excerpt, without margins")
-    parser.add_argument("--learning-rate", type=float, default=2.5e-4)
-    parser.add_argument("--wave", type=float, default=0.3, help="weight of the waveform error")
-    parser.add_argument("--notes", type=float, default=3.0, help="weight of the notes' error")
-    parser.add_argument(
-        "--buzz", type=float, default=0.5, help="weight of treble that repeats with the frames"
-    )
+    parser = tuning_options(__doc__, "runs/tuned")
     parser.add_argument(
         "--same", type=float, default=0.1, help="weight of the first codebooks' dependence on phase"
     )
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
+    frames = a.frames + 2 * MARGIN
     split = json.loads(a.split.read_text())
-    pairs = Pairs(a.music, a.tokens, a.variations)
     music = Excerpts(a.music, split["train"])
     held = Excerpts(a.music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
-    dac = import_dac()
-    snake.use_in_dac()
-    model = dac.DAC(**CONFIG)
+    model = build()
     model.load_state_dict(read_codec(a.codec))
-    books = Codebooks(model, decay=0.999)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=a.learning_rate, betas=(0.8, 0.99))
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
-    step, spent = 0, 0.0
-    a.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = a.out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    pairs = Pairs(a.music, a.tokens, a.variations, codebooks(model), frames)
+    books = EMACodebooks(model, decay=0.999)
+    optimizer = torch.optim.AdamW(trained(model), lr=a.learning_rate, betas=(0.8, 0.99))
+    run = Run(
+        a.out,
+        model,
+        optimizer,
+        held,
+        lambda: {"model": model.state_dict(), "uses": books.uses, "sums": books.sums},
+        minutes=a.minutes,
+        learning_rate=a.learning_rate,
+    )
+    if state := run.resume():
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema, step, spent = state["ema"], state["step"], state["spent"]
         books.uses, books.sums = state["uses"], state["sums"]
     else:
-        count(model, books, music, a.frames + 2 * MARGIN)
-    replica = dac.DAC(**CONFIG)
-    for parameter, own in zip(replica.parameters(), model.parameters(), strict=True):
-        parameter.data = own.data
-        parameter.requires_grad_(own.requires_grad)
-    others = [p for p in replica.parameters() if p.requires_grad]
+        count(model, books, music, frames)
+    replicas = [model, share(build(), model)]
     losses_of = Losses(a.notes, a.wave, a.buzz, 0)
-    distance = MelDistance([(2048, 150), (512, 80)])
     pool = ThreadPoolExecutor(2)
 
     def draw(rng: np.random.Generator, side: str) -> Excerpt:
-        frames = a.frames + 2 * MARGIN
         if side == "varied":
-            return pairs.draw(rng, frames, True)
+            return pairs.draw(rng, True)
         audio = music.draw(rng, 1, frames * HOP, GAINS)
         tokens = torch.zeros(1, CONFIG["n_codebooks"], frames, dtype=torch.long)  # made anew
         return Excerpt(audio, tokens, torch.ones(frames))
 
-    def checkpoint_now() -> None:
-        state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-        state |= {"uses": books.uses, "sums": books.sums}
-        save(checkpoint, state | {"step": step, "spent": spent, "config": CONFIG})
-
-    saved, sums, counts = spent, Counter[str](), Counter[str]()
-    while spent < 60 * a.minutes:
-        started = time.monotonic()
-        rng = np.random.default_rng((a.seed, step))
-        done = spent / (60 * a.minutes)
-        rate = a.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = max(rate, 1e-6)
+    for step in run.steps():
+        rngs = generators(a.seed, step, 2)
         sides = ("own", ("varied", "own", "jumbled", "own")[step % 4])
-        excerpts = [draw(rng, side) for side in sides]
-        seeds = [(a.seed, step, i) for i in range(2)]
-        use = books.log_shares(SPECTRAL)
-        options = {"losses_of": losses_of, "same": a.same, "use": use, "bfloat16": not a.float32}
-        work = functools.partial(backward, **options)
-        results = list(pool.map(work, (model, replica), sides, excerpts, seeds))
+        excerpts = [draw(rng, side) for rng, side in zip(rngs, sides, strict=True)]
+        options = {"losses_of": losses_of, "same": a.same, "bfloat16": not a.float32}
+        work = functools.partial(backward, use=books.log_shares(SPECTRAL), **options)
+        results = list(pool.map(work, replicas, sides, excerpts, rngs))
+        norm, finite = update(optimizer, replicas)
+        run.note("norm", norm)
         for side, result in zip(sides, results, strict=True):
+            if finite and result.codes is not None and result.latents is not None:
+                books.update(result.codes, result.latents)
             for name, value in result.losses.items():
-                sums[f"{side} {name}"] += value
-                counts[f"{side} {name}"] += 1
-        for parameter, other in zip(trained, others, strict=True):
-            found = [p.grad for p in (parameter, other) if p.grad is not None]
-            parameter.grad = sum(found) / 2 if found else None
-        norm = nn.utils.clip_grad_norm_(trained, 20.0)
-        if torch.isfinite(norm):
-            optimizer.step()
-            for result in results:
-                if result.codes is not None and result.latents is not None:
-                    books.update(result.codes, result.latents)
-        decay = min(0.998, (1 + step) / (20 + step))
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                ema[key].lerp_(value, 1 - decay)
-        step += 1
-        spent += time.monotonic() - started
-        sums["norm"] += float(norm)
-        counts["norm"] += 1
-        if step % 50 == 0:
-            means = " ".join(f"{name} {sums[name] / counts[name]:.3f}" for name in sorted(sums))
-            perplexity = " ".join(f"{p:.0f}" for p in books.perplexity())
-            rest = f"lr {rate:.1e} perplexity {perplexity}"
-            print(f"step {step} minute {spent / 60:.1f} {means} {rest}", flush=True)
-            sums.clear()
-            counts.clear()
-        if step % 500 == 0:
-            value = validate(model, ema, held, distance)
-            print(f"step {step} validation mel distance {value:.4f}", flush=True)
-        if spent - saved > 180:
-            checkpoint_now()
-            saved = spent
-    checkpoint_now()
-    export(ema, a.out)
-    print(f"finished: validation mel distance {validate(model, ema, held, distance):.4f}")
+                run.note(f"{side} {name}", value)
+        run.note("perplexity", books.perplexity().mean().item())
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ window. One file per track, uint16 [C, T]. Variants of tracks (`~1`) are left ou
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from cache_music import VARIANT
+from cache_music import VARIANT, write_json
+from codec_data import MADE_BY
 
 import vampnet_jax as vampnet
 from codec_bridge.atomic import atomic_write
@@ -37,6 +39,11 @@ def main() -> None:
     model = vampnet.load(a.model)
     if manifest.codec.fingerprint != model.codec.fingerprint:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
+    made_by = model.fingerprints | {"seed": a.seed}
+    if (a.out / MADE_BY).exists() and json.loads((a.out / MADE_BY).read_text()) != made_by:
+        sys.exit(f"{a.out} holds variations by another model or seed; name another --out")
+    a.out.mkdir(parents=True, exist_ok=True)
+    write_json(a.out / MADE_BY, made_by)
     originals = [t for t in choose_tracks(manifest, "train") if VARIANT not in t.name]
     reader = TrackReader(a.tokens, manifest, originals)
     window, frame_rate = model.coarse_window, model.codec.frame_rate
