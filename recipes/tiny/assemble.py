@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--codec", type=Path, default=Path("runs/codec/codec.safetensors"))
+    parser.add_argument("--codec", type=Path, default=Path("runs/tuned/codec.safetensors"))
     parser.add_argument("--tuned", type=Path, help="the codec with a tuned decoder, to be shipped")
     parser.add_argument("--coarse", type=Path, default=Path("runs/coarse"))
     parser.add_argument("--fine", type=Path, default=Path("runs/fine"))

@@ -7,10 +7,9 @@ model's config.json by `assemble.py`.
 
 import jax
 import numpy as np
-from clips import chroma_correlation, clips, options
+from clips import clips, compare, options
 
 import vampnet_jax as vampnet
-from vampnet_jax.evaluation.distances import mel_distance
 from vampnet_jax.prompts import PRESETS, Prompt
 
 ALL = 16
@@ -25,13 +24,18 @@ PROMPTS = {
             (7, 1), (5, 1), (3, 1), (10, 3), (9, 3), (8, 3), (2, 1), (10, 5), (6, 3), (5, 3), (4, 3)
         )
     },
-    "3 of 9 frames, a fifth dropped": Prompt(periodic=9, width=3, dropout=0.2, upper_codebooks=ALL),
-    "3 of 6 frames, 120 ms after beats": Prompt(
-        periodic=6, width=3, beat=0.12, upper_codebooks=ALL
-    ),
-    "3 of 9 frames, 120 ms after beats": Prompt(
-        periodic=9, width=3, beat=0.12, upper_codebooks=ALL
-    ),
+    **{
+        f"{width} of {period} frames, a fifth dropped": Prompt(
+            periodic=period, width=width, dropout=0.2, upper_codebooks=ALL
+        )
+        for period, width in ((9, 3), (3, 1))
+    },
+    **{
+        f"{width} of {period} frames, 120 ms after beats": Prompt(
+            periodic=period, width=width, beat=0.12, upper_codebooks=ALL
+        )
+        for period, width in ((6, 3), (9, 3), (2, 1), (3, 1))
+    },
     "200 ms after beats": Prompt(beat=0.2, upper_codebooks=ALL),
 }  # fmt: skip
 
@@ -53,8 +57,7 @@ def main() -> None:
                 known.shape, key, frame_rate=codec.sample_rate / codec.hop_length, rhythm=rhythm
             )
             new = np.asarray(codec.decode(vampnet.vamp(model, known, mask, key)))[0][: len(clip)]
-            correlation = chroma_correlation(clip, new)
-            rows.append((mel_distance(clip, new), correlation, float(mask.mean())))
+            rows.append((*compare(clip, new), float(mask.mean())))
         mel, chroma, generated = np.mean(rows, axis=0)
         print(f"| {name} | {mel:.3f} | {chroma:.3f} | {generated:.0%} |", flush=True)
 

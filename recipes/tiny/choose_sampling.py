@@ -8,10 +8,9 @@ What is best goes into the model's config.json by `assemble.py`.
 
 import jax
 import numpy as np
-from clips import SECONDS, chroma_correlation, clips, options
+from clips import SECONDS, clips, compare, options
 
 import vampnet_jax as vampnet
-from vampnet_jax.evaluation.distances import mel_distance
 from vampnet_jax.prompts import Prompt
 from vampnet_jax.sampling import SamplingOptions
 
@@ -61,24 +60,24 @@ def main() -> None:
     prompt = Prompt(prefix=a.prefix) if a.prefix else model.presets[a.preset]
     start = round(a.prefix * codec.sample_rate)
 
-    def compare(clip: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:
+    def measure(clip: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:
         new, old = np.asarray(codec.decode(tokens))[0][start : len(clip)], clip[start:]
         level = 10 * np.log10(np.square(new).mean() / np.square(old).mean())
-        return mel_distance(old, new), chroma_correlation(old, new), level
+        return *compare(old, new), level
 
     def show(name: str, rows: list[tuple[float, float, float]]) -> None:
         mel, chroma, level = np.mean(rows, axis=0)
         print(f"| {name} | {mel:.3f} | {chroma:.3f} | {level:+.1f} |", flush=True)
 
     print("| | mel distance | chroma correlation | level, dB |\n|---|---|---|---|")
-    show("codec alone", [compare(*pair) for pair in zip(audio, tokens, strict=True)])
+    show("codec alone", [measure(*pair) for pair in zip(audio, tokens, strict=True)])
     for way in a.ways:
         rows = []
         for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
             key = jax.random.fold_in(jax.random.key(a.seed), number)
             mask = prompt.mask(known.shape, key, frame_rate=frame_rate)
             made = vampnet.vamp(model, known, mask, key, *options_of(way, steps=a.steps))
-            rows.append(compare(clip, made))
+            rows.append(measure(clip, made))
         show(way, rows)
 
 

@@ -10,7 +10,10 @@ import librosa
 import numpy as np
 import soundfile
 
-from vampnet_jax.evaluation.distances import SAMPLE_RATE
+from vampnet_jax.evaluation.distances import SAMPLE_RATE, mel_distance
+from vampnet_jax.training.checkpoints import read_run
+from vampnet_jax.training.excerpts import choose_tracks, long_enough
+from vampnet_jax.training.tokens import TrackReader, read_manifest
 
 SECONDS = 10.0
 """Length of a clip."""
@@ -45,6 +48,23 @@ def chroma_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return (
         float(((x * y).sum(axis=0)[sounding] / norms[sounding]).mean()) if sounding.any() else 0.0
     )
+
+
+def compare(clip: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
+    """Mel distance and chroma correlation of a clip `[samples]` and what was made of it."""
+    return mel_distance(clip, decoded), chroma_correlation(clip, decoded)
+
+
+def validation_tokens(run: Path, tokens: Path) -> tuple[TrackReader, int]:
+    """The tracks of the validation split that are as long as a training run's window, in frames."""
+    config, description = read_run(run)[:2]
+    manifest = read_manifest(tokens)
+    if description["codec"]["fingerprint"] != manifest.codec.fingerprint:
+        sys.exit(f"{run} was trained on tokens of another codec than {tokens}")
+    frame_rate = manifest.codec.sample_rate / manifest.codec.hop_length
+    window = round(config.window_seconds * frame_rate)
+    tracks, _ = long_enough(choose_tracks(manifest, "validation"), window, "validation")
+    return TrackReader(tokens, manifest, tracks), window
 
 
 def clips(

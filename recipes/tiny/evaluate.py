@@ -9,14 +9,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from clips import chroma_correlation, clips, options
+from clips import clips, compare, options
 
 import vampnet_jax as vampnet
-from vampnet_jax.evaluation.distances import mel_distance
 from vampnet_jax.release import Model, Stage
 from vampnet_jax.training.excerpts import choose_tracks, long_enough
 from vampnet_jax.training.tokens import TrackReader, read_manifest
-from vampnet_jax.training.validation import Validation, token_frequencies
+from vampnet_jax.training.validation import Validation, count_tokens, token_frequencies
 
 
 def measure_codec(
@@ -26,7 +25,7 @@ def measure_codec(
     by_source: dict[str, list[tuple[float, float]]] = {"all": []}
     for source, clip in audio:
         decoded = np.asarray(model.codec.decode(model.codec.encode(clip[None])))[0]
-        values = mel_distance(clip, decoded), chroma_correlation(clip, decoded)
+        values = compare(clip, decoded)
         for name in ("all", source):
             by_source.setdefault(name, []).append(values)
     return {name: tuple(np.mean(values, axis=0).tolist()) for name, values in by_source.items()}
@@ -36,16 +35,6 @@ def perplexities(frequencies: np.ndarray) -> list[float]:
     """exp(entropy) of each codebook's usage `[C, V]`."""
     p = frequencies / frequencies.sum(axis=1, keepdims=True)
     return [float(x) for x in np.exp(-(p * np.log(np.maximum(p, 1e-12))).sum(axis=1))]
-
-
-def count_codes(reader: TrackReader) -> np.ndarray:
-    """How often each code occurs, `[C, V]`."""
-    codec = reader.manifest.codec
-    counts = np.zeros((codec.n_codebooks, codec.codebook_size))
-    for i, track in enumerate(reader.tracks):
-        for codebook, row in enumerate(reader.read(i, 0, track.frames)[0]):
-            counts[codebook] += np.bincount(row, minlength=codec.codebook_size)
-    return counts
 
 
 def measure_stage(
@@ -88,7 +77,7 @@ def main() -> None:
     for source, (distance, chroma) in result["codec"].items():
         print(f"| {source} | {distance:.3f} | {chroma:.2f} |")
     test = TrackReader(a.tokens, manifest, choose_tracks(manifest, "test"))
-    counts = count_codes(test)
+    counts = count_tokens(test)
     result["perplexity"] = perplexities(counts)
     print(f"\nPerplexity of each codebook over {counts[0].sum():.0f} test tokens:", end=" ")
     print(", ".join(f"{p:.0f}" for p in result["perplexity"]))

@@ -26,6 +26,8 @@ def main() -> None:
             path.unlink()
     for name in names:
         target = a.out / f"{name}.wav"
+        if target.exists():
+            parser.error(f"{target} is not a link that this script made; remove it or choose --out")
         target.parent.mkdir(parents=True, exist_ok=True)
         os.symlink((a.music / f"{name}.wav").absolute(), target)
     print(f"{a.out}: {len(names)} recordings")

@@ -5,17 +5,16 @@ masked. What `train.py` reports is of masks that are everywhere alike.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clips import validation_tokens
 
-from vampnet_jax.training.checkpoints import load_run, read_run
-from vampnet_jax.training.excerpts import choose_tracks, fixed_excerpts, long_enough
+from vampnet_jax.training.checkpoints import load_run
+from vampnet_jax.training.excerpts import fixed_excerpts
 from vampnet_jax.training.objective import masked_sums
-from vampnet_jax.training.tokens import TrackReader, read_manifest
 
 PERIODS = (4, 6, 9)
 KEPT = 3
@@ -30,19 +29,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--excerpts", type=int, default=64)
     a = parser.parse_args()
-    manifest = read_manifest(a.tokens)
     print("| run |", " | ".join(f"{KEPT} of {period} kept" for period in PERIODS), "|")
     print("|---|" + "---|" * len(PERIODS))
     for run in a.runs:
         params, config = load_run(run)
-        codec = read_run(run)[1]["codec"]["fingerprint"]
-        if codec != manifest.codec.fingerprint:
-            sys.exit(f"{run} was trained on tokens of another codec than {a.tokens}")
-        n_frames = round(
-            read_run(run)[0].window_seconds * manifest.codec.sample_rate / manifest.codec.hop_length
-        )
-        tracks, _ = long_enough(choose_tracks(manifest, "validation"), n_frames, "validation")
-        reader = TrackReader(a.tokens, manifest, tracks)
+        reader, n_frames = validation_tokens(run, a.tokens)
         tokens, _ = fixed_excerpts(reader, config.n_codebooks, n_frames, a.excerpts)
         score = jax.jit(lambda params, mask, tokens=tokens, config=config: masked_sums(
             params, jnp.asarray(tokens, jnp.int32), mask, config

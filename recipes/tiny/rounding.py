@@ -5,16 +5,14 @@ and codebooks share; arrays of one axis as they are.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from clips import validation_tokens
 
-from vampnet_jax.training.checkpoints import load_run, read_run
-from vampnet_jax.training.excerpts import choose_tracks, long_enough
-from vampnet_jax.training.tokens import TrackReader, read_manifest
+from vampnet_jax.training.checkpoints import load_run
 from vampnet_jax.training.validation import Validation
 
 
@@ -46,14 +44,7 @@ def main() -> None:
     print("|---|" + "---|" * len(WAYS))
     for run in a.runs:
         params, config = load_run(run)
-        manifest = read_manifest(a.tokens)
-        codec = read_run(run)[1]["codec"]["fingerprint"]
-        if codec != manifest.codec.fingerprint:
-            sys.exit(f"{run} was trained on tokens of another codec than {a.tokens}")
-        frame_rate = manifest.codec.sample_rate / manifest.codec.hop_length
-        window = round(read_run(run)[0].window_seconds * frame_rate)
-        tracks, _ = long_enough(choose_tracks(manifest, "validation"), window, "validation")
-        reader = TrackReader(a.tokens, manifest, tracks)
+        reader, window = validation_tokens(run, a.tokens)
         validation = Validation(reader, config, window, a.excerpts, 4)
         cells = []
         for way in WAYS.values():

@@ -11,11 +11,10 @@ frame before, and has the same token when the music is moved by 8 ms and turned 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clips import chroma_correlation, clips, options
+from clips import clips, compare, options
 
 import vampnet_jax as vampnet
 from codec_bridge import Codec
-from vampnet_jax.evaluation.distances import mel_distance
 
 
 def of_other_phase(codec: Codec, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -66,7 +65,7 @@ def main() -> None:
                     key = jax.random.fold_in(jax.random.key(a.seed), number)
                     new = vampnet.vamp(model, tokens, mask, key)
                 decoded = np.asarray(model.codec.decode(new))[0][: len(clip)]
-                rows.append((mel_distance(clip, decoded), chroma_correlation(clip, decoded)))
+                rows.append(compare(clip, decoded))
             distance, chroma = np.mean(rows, axis=0)
             print(f"| {n} | {others} | {distance:.3f} | {chroma:.2f} |", flush=True)
 

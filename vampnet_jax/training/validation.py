@@ -134,15 +134,21 @@ class Validation:
         return metrics
 
 
+def count_tokens(reader: TrackReader) -> np.ndarray:
+    """How many times each code of each codebook occurs in the tracks, `[C, V]`."""
+    codec = reader.manifest.codec
+    counts = np.zeros((codec.n_codebooks, codec.codebook_size))
+    for index, track in enumerate(reader.tracks):
+        tokens, _ = reader.read(index, 0, track.frames)
+        for codebook, row in enumerate(tokens):
+            counts[codebook] += np.bincount(row, minlength=codec.codebook_size)
+    return counts
+
+
 def token_frequencies(reader: TrackReader) -> np.ndarray:
     """How often each code of each codebook occurs in the tracks, `[C, V]`, each row summing to 1.
 
     One is added to every count, so that unseen codes are not impossible.
     """
-    codec = reader.manifest.codec
-    counts = np.ones((codec.n_codebooks, codec.codebook_size))
-    for index, track in enumerate(reader.tracks):
-        tokens, _ = reader.read(index, 0, track.frames)
-        for codebook, row in enumerate(tokens):
-            counts[codebook] += np.bincount(row, minlength=codec.codebook_size)
+    counts = 1 + count_tokens(reader)
     return counts / counts.sum(axis=1, keepdims=True)
