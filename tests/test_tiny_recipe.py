@@ -1,5 +1,7 @@
 """The parts of `recipes/tiny` that decide what is learnt from: splits, variants, losses."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -146,6 +148,13 @@ def test_buzz_is_treble_that_repeats_with_the_frame_rate():
     assert buzz(noise + 20 * middle, noise) > 0.3  # one of the two bands
 
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))),
+    reason="torch.compile needs a C++ compiler",
+)
+
+
+@needs_compiler
 def test_the_compiled_activation_is_that_of_the_codec_and_so_are_its_gradients():
     from snake import Snake
 
@@ -166,6 +175,7 @@ def test_the_compiled_activation_is_that_of_the_codec_and_so_are_its_gradients()
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@needs_compiler
 def test_the_codec_in_training_computes_as_the_codec_in_use(tiny_dac, tmp_path, monkeypatch):
     from codec_model import export
     from snake import Snake
