@@ -30,10 +30,10 @@ FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, sample_cutoff=0.0)
 # As choose_presets.py measured there: frames keep all 16 codebooks, or the notes are lost.
 PRESETS = {
     "small-variation": Prompt(periodic=4, width=3, upper_codebooks=16),
-    "medium-variation": Prompt(periodic=6, width=3, upper_codebooks=16),
-    "large-variation": Prompt(periodic=9, width=3, dropout=0.2, upper_codebooks=16),
-    "beat-small-variation": Prompt(periodic=6, width=3, beat=0.12, upper_codebooks=16),
-    "beat-medium-variation": Prompt(periodic=9, width=3, beat=0.12, upper_codebooks=16),
+    "medium-variation": Prompt(periodic=2, upper_codebooks=16),
+    "large-variation": Prompt(periodic=3, dropout=0.2, upper_codebooks=16),
+    "beat-small-variation": Prompt(periodic=2, beat=0.12, upper_codebooks=16),
+    "beat-medium-variation": Prompt(periodic=3, beat=0.12, upper_codebooks=16),
     "beat-large-variation": Prompt(beat=0.2, upper_codebooks=16),
 }
 FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")

@@ -23,6 +23,7 @@ from codec_bridge.atomic import atomic_write
 SAMPLE_RATE = 24_000
 SHARE = 0.08  # of a source's seconds that validation and test each get, at least
 VARIANT = "~"  # between the name of a track and the number of its variant
+MADE_BY = "made_by.json"  # in a folder of variations: fingerprints of the model and its codec
 SOURCES = {  # source → files below the data folder
     "wesnoth": "extracted/wesnoth-1.16-music/**/music/*.ogg",
     "planetblupi": "extracted/planetblupi-music-ogg/**/music/*.ogg",

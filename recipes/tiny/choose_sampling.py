@@ -75,7 +75,8 @@ def main() -> None:
         rows = []
         for number, (clip, known) in enumerate(zip(audio, tokens, strict=True)):
             key = jax.random.fold_in(jax.random.key(a.seed), number)
-            mask = prompt.mask(known.shape, key, frame_rate=frame_rate)
+            rhythm = prompt.listen(clip, codec.sample_rate, codec.hop_length)
+            mask = prompt.mask(known.shape, key, frame_rate=frame_rate, rhythm=rhythm)
             made = vampnet.vamp(model, known, mask, key, *options_of(way, steps=a.steps))
             rows.append(measure(clip, made))
         show(way, rows)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
-from cache_music import VARIANT
+from cache_music import MADE_BY, VARIANT
 from codec_model import HOP
 from torch import nn
 
@@ -18,8 +18,6 @@ from vampnet_jax.training.tokens import TrackReader, read_codebooks, read_manife
 
 MARGIN = 6
 """Frames at both ends of an excerpt that only give context."""
-MADE_BY = "made_by.json"
-"""In a folder of variations: fingerprints of the model and of the codec."""
 
 
 def track_weights(sources: list[str], seconds: list[float]) -> np.ndarray:
@@ -62,6 +60,11 @@ class Excerpts:
         return torch.from_numpy(out)[:, None]
 
 
+def validation_excerpts(music: Path, split: dict[str, list[str]]) -> torch.Tensor:
+    """[12, 1, samples] 4 s each, always the same."""
+    return Excerpts(music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
+
+
 class Excerpt(NamedTuple):
     """Music, its tokens or a variation's, and which frames have all the music's tokens."""
 
@@ -81,8 +84,9 @@ class Pairs:
         codes = read_codebooks(tokens, manifest.codec)
         if codes.shape != codebooks.shape or not np.allclose(codes, codebooks, rtol=1e-2):
             sys.exit(f"{tokens} was made by another codec than the one to be trained")
-        made_by = json.loads((variations / MADE_BY).read_text())
-        if made_by["codec"] != manifest.codec.fingerprint:
+        if not (variations / MADE_BY).exists():
+            sys.exit(f"{variations / MADE_BY} does not exist; run vary_training_tracks.py first")
+        if json.loads((variations / MADE_BY).read_text())["codec"] != manifest.codec.fingerprint:
             sys.exit(f"{variations} was made from tokens of another codec than {tokens} holds")
         originals = [t for t in choose_tracks(manifest, "train") if VARIANT not in t.name]
         originals, _ = long_enough(originals, frames, "training")

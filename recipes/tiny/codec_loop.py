@@ -118,7 +118,9 @@ class Run:
     @property
     def progress(self) -> float:
         """From 0 to 1."""
-        return min(1.0, max(self.step / self.most_steps, self.spent / self.seconds))
+        if self.spent >= self.seconds or self.step >= self.most_steps:
+            return 1.0
+        return max(self.step / self.most_steps, self.spent / self.seconds)
 
     def resume(self) -> dict:
         """Continue from the checkpoint → all that it holds; nothing if there is none."""

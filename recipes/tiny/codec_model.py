@@ -131,6 +131,14 @@ class EMACodebooks:
             total += len(dead)
         return total
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold beside the codes."""
+        return {"uses": self.uses, "sums": self.sums}
+
+    def load(self, state: dict) -> None:
+        """Continue from a checkpoint that holds `state`."""
+        self.uses, self.sums = state["uses"], state["sums"]
+
     def log_shares(self, n: int) -> torch.Tensor:
         """[n, V] how often the codes of the first n codebooks were used of late."""
         uses = self.uses[:n]

@@ -33,7 +33,7 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
-    parser.add_argument("--codec", type=Path, default=Path("runs/codec/codec.safetensors"))
+    parser.add_argument("--codec", type=Path, default=Path("runs/tuned/codec.safetensors"))
     parser.add_argument("--tuned", type=Path, default=Path("runs/decoder/codec.safetensors"))
     a = parser.parse_args()
     codec, tuned = codec_bridge.load(a.codec), codec_bridge.load(a.tuned)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from codec_data import Excerpts
+from codec_data import Excerpts, validation_excerpts
 from codec_loop import Run, generators, share, trained, update
 from codec_losses import (
     SCALES,
@@ -42,7 +42,6 @@ WAVE = 5.0  # weight of the waveform error: for long, mel distance alone gives n
 COMMITMENT = 0.025  # weight of the commitment loss beside the mel distance
 ENVELOPE = 1.0  # weight of the envelope's error
 NOTES = 4.0  # weight of the notes' error
-SAME = 0.5  # weight of the first codebooks' dependence on phase
 DROPOUT = 0.25  # how often an excerpt is decoded from its first codebooks only
 GAINS = 4.0  # standard deviation in dB of the gains of excerpts
 MELS = 80  # bands of the envelope
@@ -142,6 +141,7 @@ def backward(
     audio: torch.Tensor,
     rng: np.random.Generator,
     use: torch.Tensor,
+    same: float,
     loss_of: MelDistance,
     bfloat16: bool,
 ) -> Result:
@@ -168,7 +168,7 @@ def backward(
         "commit": quantised.commitment,
     }
     weights = {"mel": 1.0, "wave": WAVE, "commit": COMMITMENT}
-    weights |= {"envelope": ENVELOPE, "notes": NOTES, "same": SAME}
+    weights |= {"envelope": ENVELOPE, "notes": NOTES, "same": same}
     sum(weights[k] * v for k, v in losses.items()).backward()
     values = {k: v.item() for k, v in losses.items()}
     return Result(quantised.codes, quantised.latents.detach(), values)
@@ -188,6 +188,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads; divides the batch")
     parser.add_argument("--seconds", type=float, default=0.64, help="length of an excerpt")
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
+    parser.add_argument(
+        "--same", type=float, default=0.1, help="weight of the first codebooks' dependence on phase"
+    )
     parser.add_argument("--float32", action="store_true", help="no bfloat16 convolutions")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -198,7 +201,7 @@ def main() -> None:
             sys.exit(f"{path} does not exist; run cache_music.py first")
     split = json.loads(a.split.read_text())
     music = Excerpts(a.music, split["train"])
-    held = Excerpts(a.music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
+    held = validation_excerpts(a.music, split)
 
     torch.manual_seed(a.seed)
     model = CodecWithProbe(build())
@@ -208,7 +211,7 @@ def main() -> None:
         state = torch.load(a.init, weights_only=True)
         model.load_state_dict(state["model"])
         model.dac.load_state_dict(state["ema"])
-        books.uses, books.sums = state["uses"], state["sums"]
+        books.load(state)
         books.centre(model.dac, SPECTRAL)
     optimizer = torch.optim.AdamW(trained(model), lr=a.learning_rate, betas=(0.8, 0.99))
     run = Run(
@@ -216,14 +219,14 @@ def main() -> None:
         model.dac,
         optimizer,
         held,
-        lambda: {"model": model.state_dict(), "uses": books.uses, "sums": books.sums},
+        lambda: {"model": model.state_dict()} | books.state(),
         minutes=a.minutes,
         steps=a.steps,
         learning_rate=a.learning_rate,
     )
     if state := run.resume():
         model.load_state_dict(state["model"])
-        books.uses, books.sums = state["uses"], state["sums"]
+        books.load(state)
     replicas = [model]
     replicas += [share(CodecWithProbe(build()), model) for _ in range(a.workers - 1)]
     pool, loss_of = ThreadPoolExecutor(a.workers), MelDistance(SCALES)
@@ -234,7 +237,9 @@ def main() -> None:
         rng, *rngs = generators(a.seed, step, 1 + a.workers)
         audio = music.draw(rng, a.batch, samples, GAINS).chunk(a.workers)
         use = books.log_shares(SPECTRAL)
-        work = functools.partial(backward, use=use, loss_of=loss_of, bfloat16=not a.float32)
+        work = functools.partial(
+            backward, use=use, same=a.same, loss_of=loss_of, bfloat16=not a.float32
+        )
         results = list(pool.map(work, replicas, audio, rngs))
         norm, finite = update(optimizer, replicas)
         if finite:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from codec_data import MARGIN, Excerpt, Excerpts, Pairs, jumble
+from codec_data import MARGIN, Excerpt, Excerpts, Pairs, jumble, validation_excerpts
 from codec_loop import Run, generators, share, trained, update
 from codec_losses import Losses, swapped_prediction
 from codec_model import (
@@ -123,7 +123,7 @@ def count(dac: nn.Module, books: EMACodebooks, music: Excerpts, frames: int, n: 
 
 
 def main() -> None:
-    parser = tuning_options(__doc__, "runs/tuned")
+    parser = tuning_options(__doc__, "runs/decoder/codec.safetensors", "runs/tuned")
     parser.add_argument(
         "--same", type=float, default=0.1, help="weight of the first codebooks' dependence on phase"
     )
@@ -131,7 +131,7 @@ def main() -> None:
     frames = a.frames + 2 * MARGIN
     split = json.loads(a.split.read_text())
     music = Excerpts(a.music, split["train"])
-    held = Excerpts(a.music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
+    held = validation_excerpts(a.music, split)
     model = build()
     model.load_state_dict(read_codec(a.codec))
     pairs = Pairs(a.music, a.tokens, a.variations, codebooks(model), frames)
@@ -142,13 +142,13 @@ def main() -> None:
         model,
         optimizer,
         held,
-        lambda: {"model": model.state_dict(), "uses": books.uses, "sums": books.sums},
+        lambda: {"model": model.state_dict()} | books.state(),
         minutes=a.minutes,
         learning_rate=a.learning_rate,
     )
     if state := run.resume():
         model.load_state_dict(state["model"])
-        books.uses, books.sums = state["uses"], state["sums"]
+        books.load(state)
     else:
         count(model, books, music, frames)
     replicas = [model, share(build(), model)]

@@ -17,17 +17,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from adversary import decoder_losses, discriminator_loss, new_discriminator
-from codec_data import MARGIN, Excerpt, Excerpts, Pairs, jumble
+from codec_data import MARGIN, Excerpt, Pairs, jumble, validation_excerpts
 from codec_loop import Run, generators, share, update
 from codec_losses import Losses
 from codec_model import HOP, SAMPLE_RATE, build, codebooks, read_codec
 from torch import nn
 
 
-def tuning_options(doc: str, out: str) -> argparse.ArgumentParser:
+def tuning_options(doc: str, codec: str, out: str) -> argparse.ArgumentParser:
     """Those of this script and of tune_codec.py; `doc` is the script's docstring."""
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -39,7 +38,7 @@ def tuning_options(doc: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--codec",
         type=Path,
-        default=Path("runs/codec/checkpoint.pt"),
+        default=Path(codec),
         help="checkpoint.pt, codec.pth of blend_decoders.py, or a model's codec.safetensors",
     )
     parser.add_argument("--out", type=Path, default=Path(out))
@@ -93,7 +92,7 @@ def backward(
 
 
 def main() -> None:
-    parser = tuning_options(__doc__, "runs/decoder")
+    parser = tuning_options(__doc__, "runs/codec/checkpoint.pt", "runs/decoder")
     parser.add_argument(
         "--adversarial",
         type=float,
@@ -102,7 +101,7 @@ def main() -> None:
     )
     a = parser.parse_args()
     split = json.loads(a.split.read_text())
-    held = Excerpts(a.music, split["validation"]).draw(np.random.default_rng(1), 12, 96_000, 0)
+    held = validation_excerpts(a.music, split)
     model = build()
     model.load_state_dict(read_codec(a.codec))
     pairs = Pairs(a.music, a.tokens, a.variations, codebooks(model), a.frames + 2 * MARGIN)
@@ -111,6 +110,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=a.learning_rate, betas=(0.8, 0.99))
     discriminators: list[nn.Module] = []
     if a.adversarial:
+        torch.manual_seed(a.seed)
         discriminators = [new_discriminator(SAMPLE_RATE) for _ in range(2)]
         share(discriminators[1], discriminators[0])
         learning = torch.optim.AdamW(discriminators[0].parameters(), lr=2e-4, betas=(0.8, 0.99))

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from cache_music import VARIANT, write_json
-from codec_data import MADE_BY
+from cache_music import MADE_BY, VARIANT, write_json
 
 import vampnet_jax as vampnet
 from codec_bridge.atomic import atomic_write
@@ -40,7 +39,8 @@ def main() -> None:
     if manifest.codec.fingerprint != model.codec.fingerprint:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
     made_by = model.fingerprints | {"seed": a.seed}
-    if (a.out / MADE_BY).exists() and json.loads((a.out / MADE_BY).read_text()) != made_by:
+    known = json.loads((a.out / MADE_BY).read_text()) if (a.out / MADE_BY).exists() else None
+    if known != made_by and any(a.out.rglob("*.npy")):
         sys.exit(f"{a.out} holds variations by another model or seed; name another --out")
     a.out.mkdir(parents=True, exist_ok=True)
     write_json(a.out / MADE_BY, made_by)
