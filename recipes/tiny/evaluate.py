@@ -77,11 +77,13 @@ def main() -> None:
     for source, (distance, chroma) in result["codec"].items():
         print(f"| {source} | {distance:.3f} | {chroma:.2f} |")
     test = TrackReader(a.tokens, manifest, choose_tracks(manifest, "test"))
-    counts = count_tokens(test)
-    result["perplexity"] = perplexities(counts)
-    print(f"\nPerplexity of each codebook over {counts[0].sum():.0f} test tokens:", end=" ")
-    print(", ".join(f"{p:.0f}" for p in result["perplexity"]))
     train = TrackReader(a.tokens, manifest, choose_tracks(manifest, "train"))
+    result["perplexity"] = {}
+    for part, reader in (("test", test), ("training", train)):
+        counts = count_tokens(reader)
+        found = result["perplexity"][part] = perplexities(counts)
+        print(f"\nPerplexity of each codebook over {counts[0].sum():.0f} {part} tokens:", end=" ")
+        print(", ".join(f"{p:.0f}" for p in found))
     frequencies = token_frequencies(train)
     for name, stage, window in (
         ("coarse", model.coarse, model.coarse_window),
