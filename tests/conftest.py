@@ -1,6 +1,8 @@
 """Strict settings for every test: what is wrong must fail, not be papered over."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The networks here are small: more threads of PyTorch only fight over the cores.
@@ -25,3 +27,21 @@ def small_codec():
     from small_codecs import random_codec
 
     return random_codec("dac")
+
+
+@pytest.fixture
+def tiny_recipe(monkeypatch):
+    """The scripts of recipes/tiny can be imported, as when they are run; the folder."""
+    import torch
+
+    from codec_bridge.descript import import_dac
+
+    folder = Path(__file__).parents[1] / "recipes" / "tiny"
+    layers = import_dac() and sys.modules["dac.nn.layers"]
+    monkeypatch.setattr(layers.Snake1d, "forward", layers.Snake1d.forward)  # snake.py replaces it
+    monkeypatch.syspath_prepend(str(folder))
+    # Not compiled: after Inductor's kernels XLA has crashed in the same process.
+    with torch.compiler.set_stance("force_eager"):
+        yield folder
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)

@@ -1,7 +1,6 @@
 """The parts of `recipes/tiny` that decide what is learnt from: splits, variants, losses."""
 
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,21 +8,8 @@ import pytest
 import torch
 
 import codec_bridge
-from codec_bridge.descript import import_dac
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
-
-
-@pytest.fixture(autouse=True)
-def recipe_modules(monkeypatch):
-    layers = import_dac() and sys.modules["dac.nn.layers"]
-    monkeypatch.setattr(layers.Snake1d, "forward", layers.Snake1d.forward)  # snake.py replaces it
-    monkeypatch.syspath_prepend(str(RECIPE))
-    # Not compiled: after Inductor's kernels XLA has crashed in the same process.
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    for path in RECIPE.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+pytestmark = pytest.mark.usefixtures("tiny_recipe")
 
 
 def test_a_new_source_gets_all_three_sides_and_works_stay_whole():

@@ -19,8 +19,8 @@ from vampnet_jax.prompts import Prompt
 from vampnet_jax.training.excerpts import choose_tracks
 from vampnet_jax.training.tokens import TrackReader, read_manifest
 
-PERIODS = (4, 6, 9, 12)
-"""Of these frames three are kept."""
+KEPT = ((1, 2), (1, 3), (1, 5), (3, 4), (3, 9))
+"""Frames that are kept, of how many: as in tiny's presets, and fewer."""
 STEPS = 6
 """Of the coarse model; more make no difference with tiny (docs/performance.md)."""
 
@@ -58,8 +58,8 @@ def main() -> None:
         parts = []
         for start in range(0, track.frames, window):
             shape = tokens[:, :, start : start + window].shape
-            period = int(rng.choice(PERIODS))
-            prompt = Prompt(periodic=period, width=3, upper_codebooks=shape[1])
+            width, period = rng.choice(KEPT).tolist()
+            prompt = Prompt(periodic=period, width=width, upper_codebooks=shape[1])
             part_key = jax.random.fold_in(mask_key, start)
             parts.append(np.asarray(prompt.mask(shape, part_key, frame_rate=frame_rate)))
         coarse = model.coarse_sampling.changed(steps=STEPS)
