@@ -508,6 +508,30 @@ def test_dead_codes_are_replaced_by_what_the_encoder_gave_of_late(tiny_dac):
     assert not torch.equal(untouched, books.codes[3][64:128])
 
 
+def test_fitted_codes_are_the_means_of_what_they_stand_for(tiny_dac):
+    from codec_model import codebooks, fit_codes, nearest
+
+    z = torch.randn(3000, 192) * torch.linspace(0.1, 2, 192)
+    first = tiny_dac.quantizer.quantizers[0]
+    with torch.no_grad():
+        latents = first.in_proj(z.T[None])[0].T
+        before = (latents - first.codebook.weight[nearest(latents, first.codebook.weight)]).norm()
+        assert torch.equal(
+            nearest(latents, first.codebook.weight), tiny_dac.quantizer(z.T[None])[1][0, 0]
+        )
+        uses = fit_codes(tiny_dac, z, iterations=60)
+        codes = first.codebook.weight
+        tokens = nearest(latents, codes)
+        after = (latents - codes[tokens]).norm()
+        again = tiny_dac.quantizer(z.T[None])[1][0]
+    assert after < 0.9 * before
+    for code in uses[0].topk(5).indices:
+        torch.testing.assert_close(codes[code], latents[tokens == code].mean(0))
+    assert uses.shape == codebooks(tiny_dac).shape[:2]
+    for counts, chosen in zip(uses, again, strict=True):
+        assert torch.equal(counts, torch.bincount(chosen, minlength=1024))
+
+
 def test_tokens_of_the_same_music_are_found_nearer_than_those_of_other_music(tiny_dac):
     from codec_losses import swapped_prediction
     from codec_model import SPECTRAL, EMACodebooks, quantise

@@ -99,10 +99,14 @@ def test_the_decoders_tuning_changes_nothing_else(folder, monkeypatch, capsys, a
 
 
 def test_the_codecs_tuning_changes_all_of_it(folder, monkeypatch, capsys):
+    import tune_codec
+
+    monkeypatch.setattr(tune_codec, "FIT_EXCERPTS", 20)
     run("tune_codec", folder, monkeypatch, *tuning(folder))
     out = capsys.readouterr().out
     assert all(f"{side} mel" in out for side in ("own", "varied", "jumbled"))
     assert "own same" in out
+    assert out.count("codes fitted") == 2  # before and after
     after = codec_at(folder / "out")
     assert changed(codec_at(folder), after) == {"encoder", "quantizer", "decoder"}
     run("tune_codec", folder, monkeypatch, *tuning(folder), "--same", 0, steps=5)

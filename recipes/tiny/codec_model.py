@@ -89,6 +89,41 @@ def forward(
     return out.float(), quantised
 
 
+@torch.no_grad()
+def fit_codes(dac: nn.Module, z: torch.Tensor, iterations: int = 8) -> torch.Tensor:
+    """Move the codes to the means of what they stand for, by Lloyd's algorithm.
+
+    Running means come late: with the encoder moving under them fewer codes are used than could be.
+
+    Args:
+      z: [N, D] encoder outputs.
+
+    Returns:
+      [C, V] how many of them use each code.
+    """
+    residual, uses = z.T[None], []
+    for quantizer in dac.quantizer.quantizers:
+        codes = quantizer.codebook.weight
+        latents = quantizer.in_proj(residual)[0].T
+        for _ in range(iterations):
+            tokens = nearest(latents, codes)
+            counts = torch.bincount(tokens, minlength=len(codes))
+            sums = torch.zeros_like(codes).index_add_(0, tokens, latents)
+            used = counts > 0
+            codes[used] = sums[used] / counts[used, None]
+        tokens = nearest(latents, codes)
+        uses.append(torch.bincount(tokens, minlength=len(codes)))
+        residual = residual - quantizer.out_proj(codes[tokens].T[None])
+    return torch.stack(uses)
+
+
+def nearest(latents: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """[N] which code [V, d] has the direction of each of latents [N, d]."""
+    directions = nn.functional.normalize(codes)
+    parts = nn.functional.normalize(latents).split(8192)
+    return torch.cat([(part @ directions.T).argmax(1) for part in parts])
+
+
 class EMACodebooks:
     """Codes are running means of the encoder outputs that they stand for, as in SoundStream.
 

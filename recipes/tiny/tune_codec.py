@@ -26,6 +26,8 @@ from codec_model import (
     EMACodebooks,
     build,
     codebooks,
+    export,
+    fit_codes,
     quantise,
     read_codec,
 )
@@ -38,6 +40,8 @@ DROPOUT = 0.15
 
 GAINS = 3.0
 """Standard deviation in dB of the gains of excerpts."""
+FIT_EXCERPTS = 2000
+"""Of 36 frames, that codes are fitted to."""
 
 
 class Result(NamedTuple):
@@ -110,16 +114,20 @@ def backward(
     return Result({name: value.item() for name, value in losses.items()} | equal, codes, latents)
 
 
-def count(dac: nn.Module, books: EMACodebooks, music: Excerpts, frames: int, n: int = 100) -> None:
-    """Begin the running means of codes, per excerpt of `frames`, with how often `n` use them."""
+@torch.no_grad()
+def fit(dac: nn.Module, books: EMACodebooks, music: Excerpts, frames: int) -> None:
+    """Fit the codes to music, and begin their running means with that, per excerpt of `frames`."""
     rng = np.random.default_rng(0)
-    with torch.no_grad():
-        drawn = (music.draw(rng, 1, 100 * HOP, GAINS) for _ in range(n))
-        codes = [dac.quantizer(dac.encoder(audio))[1] for audio in drawn]
-    for uses, tokens in zip(books.uses, torch.cat(codes, 2)[0], strict=True):
-        uses += torch.bincount(tokens, minlength=len(uses)) / len(tokens)
-    books.uses = frames * books.uses + 0.002  # none is never used
+    drawn = (music.draw(rng, 1, 36 * HOP, GAINS) for _ in range(FIT_EXCERPTS))
+    z = torch.cat([dac.encoder(audio)[0].T for audio in drawn])
+    perplexity = []
+    for iterations in (0, 8):
+        counts = fit_codes(dac, z, iterations)
+        shares = counts / counts.sum(1, keepdim=True)
+        books.uses = frames * shares + 0.002  # none is never used
+        perplexity.append(" ".join(f"{p:.0f}" for p in books.perplexity()[:SPECTRAL]))
     books.sums = torch.stack(books.codes) * books.uses[..., None]
+    print(f"codes fitted: perplexity of the first {perplexity[0]} → {perplexity[1]}", flush=True)
 
 
 def main() -> None:
@@ -135,7 +143,7 @@ def main() -> None:
     model = build()
     model.load_state_dict(read_codec(a.codec))
     pairs = Pairs(a.music, a.tokens, a.variations, codebooks(model), frames)
-    books = EMACodebooks(model, decay=0.999)
+    books = EMACodebooks(model, decay=0.998)
     optimizer = torch.optim.AdamW(trained(model), lr=a.learning_rate, betas=(0.8, 0.99))
     run = Run(
         a.out,
@@ -150,7 +158,7 @@ def main() -> None:
         model.load_state_dict(state["model"])
         books.load(state)
     else:
-        count(model, books, music, frames)
+        fit(model, books, music, frames)
     replicas = [model, share(build(), model)]
     losses_of = Losses(a.notes, a.wave, a.buzz, 0)
     pool = ThreadPoolExecutor(2)
@@ -177,6 +185,11 @@ def main() -> None:
             for name, value in result.losses.items():
                 run.note(f"{side} {name}", value)
         run.note("perplexity", books.perplexity().mean().item())
+    model.load_state_dict(run.ema)
+    fit(model, books, music, frames)
+    run.ema = model.state_dict()
+    export(run.ema, a.out)
+    print(f"with fitted codes: validation mel distance {run.validate():.4f}", flush=True)
 
 
 if __name__ == "__main__":
