@@ -31,7 +31,7 @@ def small_codec():
 
 @pytest.fixture
 def tiny_recipe(monkeypatch):
-    """The scripts of recipes/tiny can be imported, as when they are run; the folder."""
+    """The scripts of recipes/tiny can be imported, as when they are run."""
     import torch
 
     from codec_bridge.descript import import_dac
@@ -42,6 +42,6 @@ def tiny_recipe(monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     # Not compiled: after Inductor's kernels XLA has crashed in the same process.
     with torch.compiler.set_stance("force_eager"):
-        yield folder
+        yield
     for path in folder.glob("*.py"):
         sys.modules.pop(path.stem, None)

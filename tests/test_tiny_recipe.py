@@ -1,5 +1,6 @@
 """The parts of `recipes/tiny` that decide what is learnt from: splits, variants, losses."""
 
+import re
 import sys
 
 import jax
@@ -508,28 +509,46 @@ def test_dead_codes_are_replaced_by_what_the_encoder_gave_of_late(tiny_dac):
     assert not torch.equal(untouched, books.codes[3][64:128])
 
 
-def test_fitted_codes_are_the_means_of_what_they_stand_for(tiny_dac):
-    from codec_model import codebooks, fit_codes, nearest
+def test_fitted_codes_are_the_means_of_what_they_stood_for(tiny_dac):
+    from codec_model import codebooks, fit_codes
 
     z = torch.randn(3000, 192) * torch.linspace(0.1, 2, 192)
     first = tiny_dac.quantizer.quantizers[0]
     with torch.no_grad():
         latents = first.in_proj(z.T[None])[0].T
-        before = (latents - first.codebook.weight[nearest(latents, first.codebook.weight)]).norm()
-        assert torch.equal(
-            nearest(latents, first.codebook.weight), tiny_dac.quantizer(z.T[None])[1][0, 0]
-        )
-        uses = fit_codes(tiny_dac, z, iterations=60)
-        codes = first.codebook.weight
-        tokens = nearest(latents, codes)
-        after = (latents - codes[tokens]).norm()
-        again = tiny_dac.quantizer(z.T[None])[1][0]
-    assert after < 0.9 * before
-    for code in uses[0].topk(5).indices:
-        torch.testing.assert_close(codes[code], latents[tokens == code].mean(0))
-    assert uses.shape == codebooks(tiny_dac).shape[:2]
-    for counts, chosen in zip(uses, again, strict=True):
-        assert torch.equal(counts, torch.bincount(chosen, minlength=1024))
+        tokens = tiny_dac.quantizer(z.T[None])[1][0]
+    old = torch.from_numpy(codebooks(tiny_dac).copy())
+    uses = fit_codes(tiny_dac, z, iterations=0)
+    assert torch.equal(uses.sum(1), torch.full((16,), 3000))
+    assert torch.equal(uses[0], torch.bincount(tokens[0], minlength=1024))
+    assert np.array_equal(codebooks(tiny_dac), old)
+    fit_codes(tiny_dac, z, iterations=1)
+    for code in range(1024):
+        chosen = latents[tokens[0] == code]
+        wanted = chosen.mean(0) if len(chosen) else old[0, code]
+        torch.testing.assert_close(first.codebook.weight[code], wanted)
+    assert (codebooks(tiny_dac) != old.numpy()).any(axis=(1, 2)).all()
+
+
+def test_running_means_begin_with_the_fitted_codes(tiny_dac, monkeypatch, capsys):
+    import tune_codec
+    from codec_model import HOP, EMACodebooks
+
+    class Noise:
+        def draw(self, rng, n, samples, spread):
+            assert (n, samples) == (1, 10 * HOP)
+            return torch.from_numpy(rng.standard_normal((1, 1, samples), np.float32))
+
+    monkeypatch.setattr(tune_codec, "FIT_EXCERPTS", 6)
+    books = EMACodebooks(tiny_dac)
+    before = books.codes[0].clone()
+    tune_codec.fit(tiny_dac, books, Noise(), frames=10)
+    assert not torch.equal(books.codes[0], before)
+    torch.testing.assert_close(books.uses.sum(1), torch.full((16,), 10 + 0.002 * 1024))
+    torch.testing.assert_close(books.sums / books.uses[..., None], torch.stack(books.codes))
+    printed = re.findall(r"(\d+) → (\d+)", capsys.readouterr().out)
+    assert len(printed) == 4
+    assert all(1 <= int(old) <= 60 and 1 <= int(new) <= 60 for old, new in printed)
 
 
 def test_tokens_of_the_same_music_are_found_nearer_than_those_of_other_music(tiny_dac):

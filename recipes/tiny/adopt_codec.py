@@ -1,7 +1,7 @@
 """Give the models of a directory the codes of another codec, to train them on with its tokens.
 
-For a codec that was trained further (tune_codec.py): its codes have moved a little, but mean what
-they did, so that `train.py --init-from` the directory written here begins not from nothing.
+For a codec that was trained further (tune_codec.py): its codes have moved, but many still mean
+nearly what they did, so `train.py --init-from` the directory written here begins not from nothing.
 """
 
 import argparse

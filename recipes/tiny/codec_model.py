@@ -94,6 +94,7 @@ def fit_codes(dac: nn.Module, z: torch.Tensor, iterations: int = 8) -> torch.Ten
     """Move the codes to the means of what they stand for, by Lloyd's algorithm.
 
     Running means come late: with the encoder moving under them fewer codes are used than could be.
+    Codes that nothing uses stay as they are.
 
     Args:
       z: [N, D] encoder outputs.
@@ -104,24 +105,29 @@ def fit_codes(dac: nn.Module, z: torch.Tensor, iterations: int = 8) -> torch.Ten
     residual, uses = z.T[None], []
     for quantizer in dac.quantizer.quantizers:
         codes = quantizer.codebook.weight
-        latents = quantizer.in_proj(residual)[0].T
+        latents = quantizer.in_proj(residual)
+        points = latents[0].T
         for _ in range(iterations):
-            tokens = nearest(latents, codes)
+            tokens = nearest(quantizer, latents)
             counts = torch.bincount(tokens, minlength=len(codes))
-            sums = torch.zeros_like(codes).index_add_(0, tokens, latents)
+            sums = torch.zeros_like(codes).index_add_(0, tokens, points)
             used = counts > 0
             codes[used] = sums[used] / counts[used, None]
-        tokens = nearest(latents, codes)
+        tokens = nearest(quantizer, latents)
         uses.append(torch.bincount(tokens, minlength=len(codes)))
         residual = residual - quantizer.out_proj(codes[tokens].T[None])
     return torch.stack(uses)
 
 
-def nearest(latents: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """[N] which code [V, d] has the direction of each of latents [N, d]."""
-    directions = nn.functional.normalize(codes)
-    parts = nn.functional.normalize(latents).split(8192)
-    return torch.cat([(part @ directions.T).argmax(1) for part in parts])
+def nearest(quantizer: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """[N] tokens of latents [1, d, N], as the quantiser chooses them, in parts that fit."""
+    return torch.cat([quantizer.decode_latents(part)[1][0] for part in latents.split(8192, dim=2)])
+
+
+def perplexity(uses: torch.Tensor) -> torch.Tensor:
+    """[C] exp(entropy) of how often codes are used [C, V]."""
+    p = uses / uses.sum(1, keepdim=True)
+    return torch.exp(-(p * (p + 1e-10).log()).sum(1))
 
 
 class EMACodebooks:
@@ -191,8 +197,7 @@ class EMACodebooks:
             self.sums[c] -= mean * self.uses[c][:, None]
 
     def perplexity(self) -> torch.Tensor:
-        p = self.uses / self.uses.sum(1, keepdim=True)
-        return torch.exp(-(p * (p + 1e-10).log()).sum(1))
+        return perplexity(self.uses)
 
 
 def read_codec(path: Path) -> dict[str, torch.Tensor]:

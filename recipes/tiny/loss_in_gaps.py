@@ -1,4 +1,4 @@
-"""Loss of trained models where tiny's presets let them fill in: in the gaps between kept frames.
+"""Loss of trained models in the gaps between groups of kept frames.
 
 Nats per masked token and top-1 accuracy on excerpts of the validation split, every token of a gap
 masked. What `train.py` reports is of masks that are everywhere alike.

@@ -12,6 +12,7 @@ models get the new codes (adopt_codec.py), and both are trained on with `train.p
 import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +27,8 @@ from codec_model import (
     EMACodebooks,
     build,
     codebooks,
-    export,
     fit_codes,
+    perplexity,
     quantise,
     read_codec,
 )
@@ -41,7 +42,7 @@ DROPOUT = 0.15
 GAINS = 3.0
 """Standard deviation in dB of the gains of excerpts."""
 FIT_EXCERPTS = 2000
-"""Of 36 frames, that codes are fitted to."""
+"""Excerpts that the codes are fitted to."""
 
 
 class Result(NamedTuple):
@@ -116,24 +117,28 @@ def backward(
 
 @torch.no_grad()
 def fit(dac: nn.Module, books: EMACodebooks, music: Excerpts, frames: int) -> None:
-    """Fit the codes to music, and begin their running means with that, per excerpt of `frames`."""
+    """Fit the codes to music, and begin their running means with that, per excerpt of `frames`.
+
+    Prints the perplexity of the first codebooks on that music, before and after.
+    """
     rng = np.random.default_rng(0)
-    drawn = (music.draw(rng, 1, 36 * HOP, GAINS) for _ in range(FIT_EXCERPTS))
+    drawn = (music.draw(rng, 1, frames * HOP, GAINS) for _ in range(FIT_EXCERPTS))
     z = torch.cat([dac.encoder(audio)[0].T for audio in drawn])
-    perplexity = []
-    for iterations in (0, 8):
-        counts = fit_codes(dac, z, iterations)
-        shares = counts / counts.sum(1, keepdim=True)
-        books.uses = frames * shares + 0.002  # none is never used
-        perplexity.append(" ".join(f"{p:.0f}" for p in books.perplexity()[:SPECTRAL]))
+    before, counts = fit_codes(dac, z, 0), fit_codes(dac, z)
+    books.uses = frames * counts / counts.sum(1, keepdim=True) + 0.002  # none is never used
     books.sums = torch.stack(books.codes) * books.uses[..., None]
-    print(f"codes fitted: perplexity of the first {perplexity[0]} → {perplexity[1]}", flush=True)
+    pairs = zip(perplexity(before), perplexity(counts), strict=True)
+    changes = ", ".join(f"{old:.0f} → {new:.0f}" for old, new in islice(pairs, SPECTRAL))
+    print(f"codes fitted; perplexity of the first: {changes}", flush=True)
 
 
 def main() -> None:
     parser = tuning_options(__doc__, "runs/decoder/codec.safetensors", "runs/tuned")
     parser.add_argument(
-        "--same", type=float, default=0.1, help="weight of the first codebooks' dependence on phase"
+        "--same",
+        type=float,
+        default=0.03,
+        help="weight of the first codebooks' dependence on phase",
     )
     a = parser.parse_args()
     frames = a.frames + 2 * MARGIN
@@ -185,11 +190,6 @@ def main() -> None:
             for name, value in result.losses.items():
                 run.note(f"{side} {name}", value)
         run.note("perplexity", books.perplexity().mean().item())
-    model.load_state_dict(run.ema)
-    fit(model, books, music, frames)
-    run.ema = model.state_dict()
-    export(run.ema, a.out)
-    print(f"with fitted codes: validation mel distance {run.validate():.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,11 @@ def main() -> None:
     model = vampnet.load(a.model)
     if manifest.codec.fingerprint != model.codec.fingerprint:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
-    made_by = model.fingerprints | {"seed": a.seed}
+    made_by = model.fingerprints | {"seed": a.seed, "steps": STEPS}
+    made_by["kept"] = [list(kept) for kept in KEPT]  # as JSON has it
     known = json.loads((a.out / MADE_BY).read_text()) if (a.out / MADE_BY).exists() else None
     if known != made_by and any(a.out.rglob("*.npy")):
-        sys.exit(f"{a.out} holds variations by another model or seed; name another --out")
+        sys.exit(f"{a.out} holds variations made in another way; name another --out")
     a.out.mkdir(parents=True, exist_ok=True)
     write_json(a.out / MADE_BY, made_by)
     originals = [t for t in choose_tracks(manifest, "train") if VARIANT not in t.name]
