@@ -19,6 +19,11 @@ LIKELIEST = OFF | {"sample_cutoff": 0.0}
 WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
     "as the original": ({}, {}),
     "as the original, likeliest": ({}, LIKELIEST),
+    "temperature 0.7 and 5 for masks, likeliest": (
+        {"temperature": 0.7, "mask_temperature": 5.0},
+        LIKELIEST,
+    ),
+    "mask temperature 3, likeliest": ({"mask_temperature": 3.0}, LIKELIEST),
     "no filter, likeliest": (OFF, LIKELIEST),
     "temperature 0.9, likeliest": (OFF | {"temperature": 0.9}, LIKELIEST),
     "temperature 0.7, likeliest": (OFF | {"temperature": 0.7}, LIKELIEST),

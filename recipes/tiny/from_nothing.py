@@ -43,7 +43,7 @@ def statistics(audio: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = options(__doc__, n_clips=4)
+    parser = options(__doc__, n_clips=16)
     parser.add_argument("--pieces", type=int, default=4, help="how many to make")
     parser.add_argument("--part", choices=("test", "validation"), default="test", help="of music")
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), help="not as the model says")
