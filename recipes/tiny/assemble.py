@@ -24,7 +24,7 @@ from vampnet_jax.release import Model, Stage, load, save
 from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.training.checkpoints import load_run, read_run
 
-# As from_nothing.py (coarse) and choose_sampling.py (fine) measured on the validation split.
+# As choose_sampling.py measured on the validation split.
 COARSE_SAMPLING = SamplingOptions(steps=24, temperature=0.7, mask_temperature=5.0)
 FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, sample_cutoff=0.0)
 # As choose_presets.py measured there: frames keep all 16 codebooks, or the notes are lost.

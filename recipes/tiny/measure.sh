@@ -45,7 +45,7 @@ recipe presets choose_presets.py
 recipe losses evaluate.py --clips 2 --excerpts 64 --out "$out/evaluation.json"
 recipe from_nothing from_nothing.py
 recipe sampling choose_sampling.py
-recipe continuations choose_sampling.py --clips 2 --prefix 5 --ways "as the original, likeliest"
+recipe continuations choose_sampling.py --clips 2 --prefix 5 --ways "temperature 0.7 and 5 for masks, likeliest"
 recipe from_nothing_8 from_nothing.py --part validation --seed 2 --pieces 8
 recipe codebooks what_codebooks_tell.py --kept 4
 recipe buzz measure_buzz.py vampnet_jax/models/tiny/codec.safetensors
