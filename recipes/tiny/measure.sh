@@ -9,12 +9,13 @@ mkdir -p "$out"
 trap 'kill 0' INT # a queue in the background ignores Ctrl-C
 rm -f "$out/failed"
 
-sha256sum vampnet_jax/models/tiny/*.safetensors > "$out/weights.new"
-if [ -e "$out/weights" ] && ! cmp -s "$out/weights" "$out/weights.new"; then
-    echo "$out has figures of other weights; remove it and runs/prompts" >&2
+# Weights, and how they are sampled: all that figures depend on.
+sha256sum vampnet_jax/models/tiny/*.safetensors vampnet_jax/models/tiny/config.json > "$out/model.new"
+if [ -e "$out/model" ] && ! cmp -s "$out/model" "$out/model.new"; then
+    echo "$out has figures of another model; remove it and runs/prompts" >&2
     exit 1
 fi
-mv "$out/weights.new" "$out/weights"
+mv "$out/model.new" "$out/model"
 
 # measure NAME WORDS…: what they print, in NAME.txt, unless it is there.
 measure() {
