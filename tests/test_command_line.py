@@ -14,7 +14,7 @@ from codec_bridge import InputError
 from vampnet_jax import cli
 from vampnet_jax.cli import download
 from vampnet_jax.cli.naming import named_as_options
-from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR
+from vampnet_jax.cli.status import BROKEN_PIPE, INTERRUPTED, USER_ERROR
 
 SCRIPT = "from vampnet_jax.cli import main; main()"
 """What the installed script does."""
@@ -37,6 +37,14 @@ def test_the_package_runs_as_the_command():
     command = [sys.executable, "-m", "vampnet_jax", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == version("vampnet-jax")
+
+
+def test_a_reader_that_stops_early_gets_no_traceback():
+    command = [sys.executable, "-c", SCRIPT, "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+        writer.stdout.close()
+        assert writer.stderr.read() == b""
+    assert writer.returncode == BROKEN_PIPE
 
 
 @pytest.mark.parametrize(

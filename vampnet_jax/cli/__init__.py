@@ -4,10 +4,11 @@ Modules are imported only when their command runs, so that start-up stays short.
 """
 
 import importlib
+import os
 import sys
 
 from codec_bridge.errors import InputError, no_space
-from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR, loading
+from vampnet_jax.cli.status import BROKEN_PIPE, INTERRUPTED, USER_ERROR, loading
 
 COMMANDS = {
     "sample": "audio in, variations out",
@@ -52,6 +53,9 @@ def run(command: str, argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         status = USER_ERROR
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more at exit
+        status = BROKEN_PIPE
     except Exception as error:
         if not no_space(error):
             raise

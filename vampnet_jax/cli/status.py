@@ -19,6 +19,8 @@ It is EX_TEMPFAIL of sysexits.h.
 """
 INTERRUPTED = 130
 """Ctrl-C, as shells have it."""
+BROKEN_PIPE = 141
+"""Whoever read the output has stopped reading (SIGPIPE), as shells have it."""
 
 
 @contextlib.contextmanager
