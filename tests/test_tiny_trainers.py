@@ -1,5 +1,6 @@
 """The trainings of `recipes/tiny` as they are run, on a narrow codec and four short tracks."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -144,6 +145,20 @@ def test_pairs_are_of_the_same_frames_of_the_same_track(folder):
         places.add((int(frames[0]), int(excerpt.tokens[0, 0, kept][0] - frames[kept][0])))
     assert {track for _, track in places} == {2, 3}
     assert len(places) > 5
+
+
+def test_pairs_leave_out_the_variants_of_tracks(folder):
+    from codec_data import Pairs
+
+    from vampnet_jax.training.tokens import read_manifest, write_manifest
+
+    manifest = read_manifest(folder / "tokens")
+    *others, last = manifest.tracks
+    variant = dataclasses.replace(last, name="source0/2~1")  # nothing else is there of it
+    write_manifest(folder / "tokens", dataclasses.replace(manifest, tracks=(*others, variant)))
+    codes = np.asarray(codec_bridge.load(folder / "codec.safetensors").codebooks)
+    pairs = Pairs(folder / "music", folder / "tokens", folder / "variations", codes, 20)
+    assert [track.name for track in pairs.tracks] == ["source0/2"]
 
 
 def test_pairs_refuse_tokens_and_variations_of_another_codec(folder):
