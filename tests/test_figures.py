@@ -88,6 +88,15 @@ def test_a_picture_has_a_panel_for_each_thing_at_hand(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_picture_of_music_from_nothing_has_no_empty_mask(tmp_path):
+    shape = (8, 100)
+    heights = [
+        draw(tmp_path / f"{i}.png", before=None, mask=mask).shape[0]
+        for i, mask in enumerate([np.ones(shape, bool), np.arange(100) % 7 * np.ones(shape) > 0])
+    ]
+    assert heights[0] < heights[1]
+
+
 def test_matplotlib_is_imported_only_to_draw():
     import subprocess
     import sys

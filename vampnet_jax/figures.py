@@ -66,7 +66,8 @@ def draw_variation(
       path: the file.
       title: a line at the top.
       tokens: int `[C, T]`, what the model was given.
-      mask: bool `[C, T]`, True = generated; kept tokens are drawn in the colour of their id.
+      mask: bool `[C, T]`, True = generated; kept tokens are drawn in the colour of their id. Not
+        drawn beside an output alone of which nothing was kept.
       frame_rate: codec frames per second.
       before, after: float `[samples]`, mono; None leaves the spectrogram out.
       sample_rate: of both, in Hz.
@@ -80,6 +81,8 @@ def draw_variation(
         if audio is not None and len(audio)
     }
     panels = ["tokens", *spectrograms] if len(spectrograms) < 2 else ["input", "tokens", "output"]
+    if list(spectrograms) == ["output"] and mask.all():  # made from nothing
+        panels = ["output"]
     inches = [0.6 + 0.16 * len(tokens) if panel == "tokens" else 2.2 for panel in panels]
     height = sum(inches) + 0.2 * len(panels) + 0.8
     figure = Figure(figsize=(12, height))
