@@ -14,7 +14,7 @@ from codec_bridge import InputError
 from vampnet_jax import cli
 from vampnet_jax.cli import download
 from vampnet_jax.cli.naming import named_as_options
-from vampnet_jax.cli.status import BROKEN_PIPE, INTERRUPTED, USER_ERROR
+from vampnet_jax.cli.status import BROKEN_PIPE, INTERRUPTED, USER_ERROR, quiet_if_unread
 
 SCRIPT = "from vampnet_jax.cli import main; main()"
 """What the installed script does."""
@@ -39,12 +39,18 @@ def test_the_package_runs_as_the_command():
     assert done.stdout.strip() == version("vampnet-jax")
 
 
-def test_a_reader_that_stops_early_gets_no_traceback():
-    command = [sys.executable, "-c", SCRIPT, "train", "--help"]
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"]])
+def test_a_reader_that_stops_early_gets_no_traceback(arguments):
+    command = [sys.executable, "-c", SCRIPT, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
         writer.stdout.close()
         assert writer.stderr.read() == b""
     assert writer.returncode == BROKEN_PIPE
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error(capfd):
+    with pytest.raises(BrokenPipeError), quiet_if_unread():
+        raise BrokenPipeError
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The parts of `recipes/tiny` that decide what is learnt from: splits, variants, losses."""
 
+import json
 import re
 import sys
 
@@ -51,6 +52,24 @@ def test_held_out_tracks_need_not_be_on_disk_to_stay_held_out():
     assert split["validation"] == ["scores/b--movement1"]
     assert split["test"] == ["scores/c--movement1"]
     assert sorted(split["train"]) == ["scores/a", "scores/a~1", "scores/d", "scores/e"]
+
+
+def test_chorales_of_a_cantata_and_of_a_tune_are_one_work():
+    from cache_music import assign
+
+    split = {"train": [], "validation": ["scores/bach-bwv153.9"], "test": ["scores/bach-bwv104.6"]}
+    found = ("bach-bwv153.1", "bach-bwv112.5-sc", "bach-bwv112.5-sc~1", "bach-bwv15.3")
+    assign(split, "scores", {track: 60.0 for track in found})
+    assert split["train"] == ["scores/bach-bwv15.3"]
+
+
+def test_no_work_of_the_split_is_on_two_sides():
+    from cache_music import SPLIT_FILE, work_of
+
+    sides = {}
+    for side, names in json.loads(SPLIT_FILE.read_text()).items():
+        for source, track in (name.split("/", 1) for name in names):
+            assert sides.setdefault((source, work_of(source, track)), side) == side
 
 
 def test_no_variant_is_held_out_while_a_source_is_being_divided():

@@ -168,8 +168,13 @@ def test_pairs_refuse_tokens_and_variations_of_another_codec(folder):
     paths = [folder / name for name in ("music", "tokens", "variations")]
     with pytest.raises(SystemExit, match="tokens was made by another codec"):
         Pairs(*paths, codes + 0.1, 20)
+    of_codec = json.loads((folder / "variations/made_by.json").read_text())["codec"]
     (folder / "variations/made_by.json").write_text('{"codec": "another"}')
     with pytest.raises(SystemExit, match="variations was made from tokens of another codec"):
+        Pairs(*paths, codes, 20)
+    (folder / "variations/source0/2.npy").rename(folder / "kept.npy")
+    (folder / "variations/made_by.json").write_text(json.dumps({"codec": of_codec}))
+    with pytest.raises(SystemExit, match=r"variations has no source0/2; run vary"):
         Pairs(*paths, codes, 20)
     (folder / "variations/made_by.json").unlink()
     with pytest.raises(SystemExit, match="run vary_training_tracks"):

@@ -1,7 +1,7 @@
 """Give the models of a directory the codes of another codec, to train them on with its tokens.
 
-For a codec that was trained further (tune_codec.py): its codes have moved, but many still mean
-nearly what they did, so `train.py --init-from` the directory written here begins not from nothing.
+For a codec that was trained further (tune_codec.py): its codes have moved, but mean something like
+what they did, so `train.py --init-from` the directory written here does not begin from nothing.
 """
 
 import argparse

@@ -32,6 +32,8 @@ SOURCES = {  # source → files below the data folder
     "lincity": "extracted/lincity-ng-data/**/music/**/*.ogg",
     "scores": "scores/*.flac",
 }
+SAME_TUNE = {"bach-bwv112": "bach-bwv104", "bach-bwv139": "bach-bwv377"}
+"""Cantatas with another setting of the tune of a chorale that is held out."""
 SPLIT_FILE = Path(__file__).parent / "split.json"
 
 
@@ -56,7 +58,10 @@ def track_name(path: Path) -> str:
 def work_of(source: str, track: str) -> str:
     """What must not be torn apart: the movements of a work, the versions of a piece."""
     track = track.partition(VARIANT)[0]
-    return track.partition("--")[0] if source == "scores" else track.removesuffix("-old")
+    if source != "scores":
+        return track.removesuffix("-old")
+    work = re.sub(r"^(bach-bwv\d+).*", r"\1", track.partition("--")[0])
+    return SAME_TUNE.get(work, work)
 
 
 def decode(path: Path, target: Path) -> dict[str, float]:

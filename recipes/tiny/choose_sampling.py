@@ -21,9 +21,18 @@ WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
     "as the original": ({}, {}),
     "as the original, likeliest": ({}, LIKELIEST),
     "temperature 0.7 and 5 for masks, likeliest": (COLDER, LIKELIEST),
-    "the same, guidance 0.5": (COLDER | {"guidance": 0.5}, LIKELIEST),
-    "the same, guidance 1": (COLDER | {"guidance": 1.0}, LIKELIEST),
-    "the same, guidance 1.5": (COLDER | {"guidance": 1.5}, LIKELIEST),
+    "temperature 0.7 and 5 for masks, guidance 0.5, likeliest": (
+        COLDER | {"guidance": 0.5},
+        LIKELIEST,
+    ),
+    "temperature 0.7 and 5 for masks, guidance 1, likeliest": (
+        COLDER | {"guidance": 1.0},
+        LIKELIEST,
+    ),
+    "temperature 0.7 and 5 for masks, guidance 1.5, likeliest": (
+        COLDER | {"guidance": 1.5},
+        LIKELIEST,
+    ),
     "mask temperature 3, likeliest": ({"mask_temperature": 3.0}, LIKELIEST),
     "no filter, likeliest": (OFF, LIKELIEST),
     "temperature 0.9, likeliest": (OFF | {"temperature": 0.9}, LIKELIEST),

@@ -101,6 +101,9 @@ class Pairs:
                 float(np.abs(part).max()) for part in soundfile.blocks(file, 1 << 20, fill_value=0)
             )
             self.gains.append(min(10 ** ((-24 - index[track.name]["loudness"]) / 20), 1 / peak))
+        for track in self.tracks:
+            if not (variations / f"{track.name}.npy").exists():
+                sys.exit(f"{variations} has no {track.name}; run vary_training_tracks.py again")
         self.varied = [np.load(variations / f"{t.name}.npy", mmap_mode="r") for t in self.tracks]
         self.weights = track_weights(
             [track.source for track in self.tracks], [track.seconds for track in self.tracks]

@@ -9,10 +9,11 @@ mkdir -p "$out"
 trap 'kill 0' INT # a queue in the background ignores Ctrl-C
 rm -f "$out/failed"
 
-# Weights, and how they are sampled: all that figures depend on.
-sha256sum vampnet_jax/models/tiny/*.safetensors vampnet_jax/models/tiny/config.json > "$out/model.new"
+# All that figures depend on: weights and how they are sampled, runs, tokens.
+sha256sum vampnet_jax/models/tiny/*.safetensors vampnet_jax/models/tiny/config.json \
+    runs/coarse/config.json runs/fine/config.json data/tokens/manifest.json > "$out/model.new"
 if [ -e "$out/model" ] && ! cmp -s "$out/model" "$out/model.new"; then
-    echo "$out has figures of another model; remove it and runs/prompts" >&2
+    echo "$out has figures of another model or other tokens; remove it and runs/prompts" >&2
     exit 1
 fi
 mv "$out/model.new" "$out/model"

@@ -140,10 +140,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument(
-        "--minutes", type=float, default=240, help="of music in all, without variants"
+        "--minutes", type=float, default=240, help="of music in all; not with --variants"
     )
     parser.add_argument(
-        "--variants", type=int, default=0, help="of every training score, and nothing else"
+        "--variants",
+        type=int,
+        default=0,
+        help="of every training score that was rendered, and nothing else",
     )
     parser.add_argument("--longest", type=float, default=240, help="seconds per track")
     a = parser.parse_args()
@@ -160,7 +163,8 @@ def main() -> None:
     for name, path in chosen_scores():
         if seconds > 60 * a.minutes and not a.variants:
             break
-        if a.variants and f"scores/{name}" not in training:
+        original = out / f"{name}.flac"
+        if a.variants and not (f"scores/{name}" in training and original.exists()):
             continue
         for variant in range(1, a.variants + 1) if a.variants else [0]:
             target = out / f"{variant_name(name, variant)}.flac"

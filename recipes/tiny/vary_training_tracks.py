@@ -22,7 +22,7 @@ from vampnet_jax.training.tokens import TrackReader, read_manifest
 KEPT = ((1, 2), (1, 3), (1, 5), (3, 4), (3, 9))
 """Frames that are kept, of how many: as in tiny's presets, and fewer."""
 STEPS = 6
-"""Of the coarse model; more make no difference with tiny (docs/performance.md)."""
+"""Of the coarse model; more made no difference with the tiny of docs/performance.md."""
 
 
 def main() -> None:

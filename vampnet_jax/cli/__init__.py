@@ -4,11 +4,10 @@ Modules are imported only when their command runs, so that start-up stays short.
 """
 
 import importlib
-import os
 import sys
 
 from codec_bridge.errors import InputError, no_space
-from vampnet_jax.cli.status import BROKEN_PIPE, INTERRUPTED, USER_ERROR, loading
+from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR, loading, quiet_if_unread
 
 COMMANDS = {
     "sample": "audio in, variations out",
@@ -26,6 +25,7 @@ COMMANDS = {
 """Sub-command → what it does; `a-b` lives in the module `vampnet_jax.cli.a_b`."""
 
 
+@quiet_if_unread()
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script `vampnet`."""
     args = sys.argv[1:] if argv is None else argv
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     run(args[0], args[1:])
 
 
+@quiet_if_unread()
 def run(command: str, argv: list[str] | None = None) -> None:
     """Run one sub-command and exit with one of `vampnet_jax.cli.status`."""
     module_name = {"import": "import_"}.get(command, command.replace("-", "_"))
@@ -53,9 +54,6 @@ def run(command: str, argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         status = USER_ERROR
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more at exit
-        status = BROKEN_PIPE
     except Exception as error:
         if not no_space(error):
             raise

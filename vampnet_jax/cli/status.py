@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -45,3 +46,28 @@ def loading() -> Iterator[None]:
         if before is signal.SIG_DFL:  # the root scripts leave it so
             before = signal.default_int_handler
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def quiet_if_unread() -> Iterator[None]:
+    """A context that ends the process without a traceback once nobody reads its output.
+
+    That is when whoever read it, such as `head`, has seen enough.
+    """
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # what is short has not been written before
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout.fileno()):
+            raise  # of another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more at exit
+        sys.exit(BROKEN_PIPE)
+
+
+def _is_unread(fd: int) -> bool:
+    """Whether it is a pipe whose reading end is closed."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
