@@ -24,8 +24,8 @@ from vampnet_jax.release import Model, Stage, load, save
 from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.training.checkpoints import load_run, read_run
 
-# As choose_sampling.py measured on the validation split.
-COARSE_SAMPLING = SamplingOptions(steps=24, temperature=0.7, mask_temperature=5.0)
+# As choose_sampling.py and from_nothing.py measured on the validation split.
+COARSE_SAMPLING = SamplingOptions(steps=24, codebook_steps=(24, 8, 8, 8), guidance=0.35)
 FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, sample_cutoff=0.0)
 # As choose_presets.py measured there: frames keep all 16 codebooks, or the notes are lost.
 PRESETS = {

@@ -16,21 +16,12 @@ from vampnet_jax.sampling import SamplingOptions
 
 OFF = {"typical_mass": None}
 LIKELIEST = OFF | {"sample_cutoff": 0.0}
-COLDER = {"temperature": 0.7, "mask_temperature": 5.0}
+BY_CODEBOOK = {"codebook_steps": (24, 8, 8, 8)}
 WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
     "as the original": ({}, {}),
     "as the original, likeliest": ({}, LIKELIEST),
-    "temperature 0.7 and 5 for masks, likeliest": (COLDER, LIKELIEST),
-    "temperature 0.7 and 5 for masks, guidance 0.5, likeliest": (
-        COLDER | {"guidance": 0.5},
-        LIKELIEST,
-    ),
-    "temperature 0.7 and 5 for masks, guidance 1, likeliest": (
-        COLDER | {"guidance": 1.0},
-        LIKELIEST,
-    ),
-    "temperature 0.7 and 5 for masks, guidance 1.5, likeliest": (
-        COLDER | {"guidance": 1.5},
+    "temperature 0.7 and 5 for masks, likeliest": (
+        {"temperature": 0.7, "mask_temperature": 5.0},
         LIKELIEST,
     ),
     "mask temperature 3, likeliest": ({"mask_temperature": 3.0}, LIKELIEST),
@@ -42,6 +33,9 @@ WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
     "top-p 0.4, likeliest": (OFF | {"top_p": 0.4}, LIKELIEST),
     "top-k 32, likeliest": (OFF | {"top_k": 32}, LIKELIEST),
     "guidance 0.5, likeliest": ({"guidance": 0.5}, LIKELIEST),
+    "codebook by codebook, likeliest": (BY_CODEBOOK, LIKELIEST),
+    "codebook by codebook, guidance 0.35, likeliest": (BY_CODEBOOK | {"guidance": 0.35}, LIKELIEST),
+    "codebook by codebook, guidance 0.5, likeliest": (BY_CODEBOOK | {"guidance": 0.5}, LIKELIEST),
     "spread, likeliest": ({"order": "spread"}, LIKELIEST),
     "likeliest, likeliest": (LIKELIEST | {"mask_temperature": 3.0}, LIKELIEST),
     "top-p 0.7, top-p 0.7": (OFF | {"top_p": 0.7}, OFF | {"top_p": 0.7}),

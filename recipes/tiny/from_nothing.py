@@ -1,7 +1,9 @@
 """Half a minute from nothing: does it stay level, with more than one note, as music does?
 
 Level and pitch classes of unconditional pieces, second by second, beside the range that excerpts of
-music as long have. With `--ways` the pieces are sampled as choose_sampling.py names it.
+music as long have; and how many are outside of it, beside how many of the excerpts are outside the
+range of all others, as the extremes of every statistic are. With `--ways` the pieces are sampled as
+choose_sampling.py names it.
 """
 
 import jax
@@ -65,17 +67,34 @@ def main() -> None:
         show(name, music, made)
 
 
+def is_outside(piece: dict[str, float], music: list[dict[str, float]]) -> bool:
+    """Whether any statistic is outside the range of the music, to two places."""
+    return any(
+        not min(round(m[name], 2) for m in music)
+        <= round(value, 2)
+        <= max(round(m[name], 2) for m in music)
+        for name, value in piece.items()
+    )
+
+
 def show(way: str, music: list[dict[str, float]], made: list[dict[str, float]]) -> None:
-    """Print a table of the statistics of music and of what was made."""
+    """Print a table of the statistics of music and of what was made, and how many are outside."""
     print(f"| {way} | {len(music)} excerpts of music: least, median, most | {len(made)} pieces |")
     print("|---|---|---|")
     for name in music[0]:
         known = sorted(m[name] for m in music)
         values = ", ".join(f"{m[name]:.2f}" for m in made)
-        inside = all(known[0] <= m[name] <= known[-1] for m in made)
+        outside = sum(is_outside({name: m[name]}, music) for m in made)
         middle = f"{known[0]:.2f}, {np.median(known):.2f}, {known[-1]:.2f}"
-        print(f"| {name} | {middle} | {values}{'' if inside else ' (outside)'} |")
-    print(flush=True)
+        print(f"| {name} | {middle} | {values}{f' ({outside} outside)' if outside else ''} |")
+    others = [music[:i] + music[i + 1 :] for i in range(len(music))]
+    extreme = sum(is_outside(*pair) for pair in zip(music, others, strict=True))
+    strange = sum(is_outside(piece, music) for piece in made)
+    print(
+        f"\nOutside in one or more: {strange} of {len(made)} pieces; "
+        f"of the music, {extreme} of {len(music)} excerpts are outside the range of the others.\n",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ recipe presets choose_presets.py
 recipe losses evaluate.py --clips 2 --excerpts 64 --out "$out/evaluation.json"
 recipe from_nothing from_nothing.py
 recipe sampling choose_sampling.py
-recipe continuations choose_sampling.py --clips 2 --prefix 5 --ways "temperature 0.7 and 5 for masks, likeliest"
-recipe from_nothing_8 from_nothing.py --part validation --seed 2 --pieces 8
+recipe continuations choose_sampling.py --clips 2 --prefix 5 --ways "codebook by codebook, guidance 0.35, likeliest"
+recipe from_nothing_16 from_nothing.py --part validation --seed 2 --pieces 16
 recipe codebooks what_codebooks_tell.py --kept 4
 recipe buzz measure_buzz.py vampnet_jax/models/tiny/codec.safetensors
 recipe rounding rounding.py runs/coarse runs/fine
