@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/installed
 	$(BIN)/python sample.py vampnet_jax/models/tiny/example.flac -o demo --preset medium-variation \
-		--num-samples 2 --steps 24 --seed 1 --overwrite
+		--num-samples 2 --seed 1 --overwrite
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

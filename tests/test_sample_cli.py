@@ -18,7 +18,7 @@ from small_models import random_model
 
 import vampnet_jax as vampnet
 from vampnet_jax import cli, figures, pipeline, tokens
-from vampnet_jax.cli.sample_options import parse, prompt_of, with_defaults_of
+from vampnet_jax.cli.sample_options import parse, prompt_of, sampling_of, with_defaults_of
 from vampnet_jax.prompts import PRESETS, Prompt
 from vampnet_jax.vamping import vamp
 
@@ -460,6 +460,26 @@ def test_unconditional_keeps_nothing_and_refinements_keep_the_default_preset(
 def test_zero_is_not_the_same_as_nothing_given(folder, arguments, prompt):
     options = with_defaults_of(folder / "model", parse(["clip.wav", *arguments]))
     assert prompt_of(options) == prompt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "codebook_steps"),
+    [
+        ([], (2, 1)),
+        (["--entropy-bound", "off", "--guidance", "1"], (2, 1)),
+        (["--steps", "3"], None),
+        (["--entropy-bound", "9"], None),
+        (["--steps", "3", "--codebook-steps", "1,2"], (1, 2)),
+    ],
+)
+def test_steps_asked_for_all_codebooks_replace_a_models_own_by_codebook(
+    folder, tmp_path, arguments, codebook_steps
+):
+    model = vampnet.load(folder / "model")
+    sampling = dataclasses.replace(model.coarse_sampling, codebook_steps=(2, 1))
+    vampnet.save(dataclasses.replace(model, coarse_sampling=sampling), tmp_path / "mine")
+    options = with_defaults_of(tmp_path / "mine", parse(["clip.wav", *arguments]))
+    assert sampling_of(options).codebook_steps == codebook_steps
 
 
 def test_a_model_may_have_presets_of_its_own(sample, folder, without_pictures):

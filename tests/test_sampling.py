@@ -251,7 +251,8 @@ def test_options_that_make_no_sense_are_refused(wrong):
 def test_steps_for_all_replace_steps_by_codebook():
     by_codebook = SamplingOptions(codebook_steps=(2, 1, 1), temperature=0.5)
     assert by_codebook.changed(steps=3) == SamplingOptions(steps=3, temperature=0.5)
-    assert by_codebook.changed(top_k=5).codebook_steps == (2, 1, 1)
+    assert by_codebook.changed(entropy_bound=1.0).codebook_steps is None
+    assert by_codebook.changed(top_k=5, entropy_bound=None).codebook_steps == (2, 1, 1)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -119,8 +119,11 @@ class SamplingOptions:
             )
 
     def changed(self, **changes: Any) -> "SamplingOptions":
-        """A copy with changes; `steps` without `codebook_steps` is meant for all codebooks."""
-        if "steps" in changes:
+        """A copy with changes.
+
+        `steps` and `entropy_bound` without `codebook_steps` are meant for all codebooks.
+        """
+        if "steps" in changes or changes.get("entropy_bound") is not None:
             changes = {"codebook_steps": None} | changes
         return dataclasses.replace(self, **changes)
 

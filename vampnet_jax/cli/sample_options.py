@@ -201,8 +201,9 @@ def with_defaults_of(model: Path, options: Options) -> Options:
         values["dtype"] = dtypes.pop()
     for stage, prefix in (("coarse", ""), ("fine", "fine_")):
         own = sampling_defaults(description, stage)
-        if getattr(options, f"{prefix}steps") is not None:
-            own = own.changed(steps=own.steps)  # those asked for are for all codebooks
+        for_all_codebooks = [getattr(options, prefix + name) for name in ("steps", "entropy_bound")]
+        if any(value not in (*NOT_GIVEN, *OFF) for value in for_all_codebooks):
+            own = own.changed(steps=own.steps)
         for name, value in dataclasses.asdict(own).items():
             if getattr(options, prefix + name) not in NOT_GIVEN:
                 continue
