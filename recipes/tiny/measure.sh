@@ -45,7 +45,7 @@ measure variations env OMP_NUM_THREADS=1 taskset -c 0 "$python" -m vampnet_jax e
 queue=$!
 recipe presets choose_presets.py
 recipe losses evaluate.py --clips 2 --excerpts 64 --out "$out/evaluation.json"
-recipe from_nothing from_nothing.py
+recipe from_nothing from_nothing.py --pieces 16
 recipe sampling choose_sampling.py
 recipe continuations choose_sampling.py --clips 2 --prefix 5 --ways "codebook by codebook, guidance 0.35, likeliest"
 recipe from_nothing_16 from_nothing.py --part validation --seed 2 --pieces 16

@@ -1,10 +1,12 @@
 """Count the tokens of the training split and keep their frequencies beside the model.
 
 Writes frequencies.safetensors into the model directory: what `vampnet compress` codes tokens under.
-Without it every token costs log2 of the codebook's size. Prints the entropies.
+Without it every token costs log2 of the codebook's size. A source counts by the square root of its
+length, so that none decides alone. Prints the entropies.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,18 @@ def main() -> None:
     manifest = read_manifest(a.tokens)
     if manifest.codec.fingerprint != description["codec"]["fingerprint"]:
         parser.error(f"{a.tokens} was made by another codec than that of {a.model}")
-    reader = TrackReader(a.tokens, manifest, choose_tracks(manifest, "train"))
+    tracks = choose_tracks(manifest, "train")
+    frequencies, hours = 0.0, 0.0
+    for source in sorted({track.source for track in tracks}):
+        here = [track for track in tracks if track.source == source]
+        seconds = sum(track.seconds for track in here)
+        frequencies += math.sqrt(seconds) * token_frequencies(TrackReader(a.tokens, manifest, here))
+        hours += seconds / 3600
     n_codebooks = description["fine"]["config"]["n_codebooks"]
-    frequencies = token_frequencies(reader)[:n_codebooks]
+    frequencies = frequencies[:n_codebooks] / frequencies[0].sum()
     save_frequencies(a.model, frequencies, manifest.codec.fingerprint)
     p = quantise(frequencies) / 2**16
     entropies = -(p * np.log2(p)).sum(axis=1)
-    hours = sum(track.seconds for track in reader.tracks) / 3600
     print(f"{a.model / FREQUENCIES}: {hours:.2f} h of music; bits per token of each codebook:")
     print(", ".join(f"{bits:.2f}" for bits in entropies))
 
