@@ -117,7 +117,8 @@ class Options:
     versions. Goes with INPUT (other audio), -o, --overwrite, --device, --mesh and --model only."""
 
     steps: Annotated[int | None, arg(metavar="N")] = None
-    """Decoding steps of the coarse model. This and what follows is the model's own if left out."""
+    """Decoding steps of the coarse model, of all its codebooks together. This and what follows is
+    the model's own if left out."""
     temperature: float | None = None
     """Below 1 safer, above 1 wilder."""
     mask_temperature: float | None = None
@@ -137,10 +138,10 @@ class Options:
     --mask-temperature then does nothing."""
     codebook_steps: Annotated[str, arg(metavar="N,N,...|off")] = "own"
     """Settle one codebook after the other, each in so many steps, instead of --steps."""
-    entropy_bound: Annotated[float | Off | Own, arg(metavar="NATS")] = "own"
+    entropy_bound: Annotated[float | Off | Own, arg(metavar="NATS|off")] = "own"
     """Settle more tokens per step than scheduled, as many as have at most so much entropy; ends
     early. Goes with a low --mask-temperature."""
-    guidance: Annotated[float | Off | Own, arg(metavar="X")] = "own"
+    guidance: Annotated[float | Off | Own, arg(metavar="X|off")] = "own"
     """Follow what is known of the predicted codebooks more closely; 0 changes nothing."""
     fine_steps: Annotated[int | None, arg(metavar="N")] = None
     """The same for the fine model."""
@@ -153,8 +154,8 @@ class Options:
     fine_typical_min_tokens: int | None = None
     fine_order: Literal["confidence", "spread"] | None = None
     fine_codebook_steps: Annotated[str, arg(metavar="N,N,...|off")] = "own"
-    fine_entropy_bound: Annotated[float | Off | Own, arg(metavar="NATS")] = "own"
-    fine_guidance: Annotated[float | Off | Own, arg(metavar="X")] = "own"
+    fine_entropy_bound: Annotated[float | Off | Own, arg(metavar="NATS|off")] = "own"
+    fine_guidance: Annotated[float | Off | Own, arg(metavar="X|off")] = "own"
 
 
 NOT_RECORDED = ("input", "output", "overwrite", "device", "mesh", "from_params")
