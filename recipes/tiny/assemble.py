@@ -25,7 +25,9 @@ from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.training.checkpoints import load_run, read_run
 
 # As choose_sampling.py and from_nothing.py measured on the validation split.
-COARSE_SAMPLING = SamplingOptions(steps=24, codebook_steps=(24, 8, 8, 8), guidance=0.35)
+COARSE_SAMPLING = SamplingOptions(
+    steps=24, codebook_steps=(24, 8, 8, 8), typical_mass=None, top_p=0.9
+)
 FINE_SAMPLING = SamplingOptions(steps=2, typical_mass=None, sample_cutoff=0.0)
 # As choose_presets.py measured there: frames keep all 16 codebooks, or the notes are lost.
 PRESETS = {

@@ -36,6 +36,7 @@ WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
     "codebook by codebook, likeliest": (BY_CODEBOOK, LIKELIEST),
     "codebook by codebook, guidance 0.35, likeliest": (BY_CODEBOOK | {"guidance": 0.35}, LIKELIEST),
     "codebook by codebook, guidance 0.5, likeliest": (BY_CODEBOOK | {"guidance": 0.5}, LIKELIEST),
+    "codebook by codebook, top-p 0.9, likeliest": (BY_CODEBOOK | OFF | {"top_p": 0.9}, LIKELIEST),
     "spread, likeliest": ({"order": "spread"}, LIKELIEST),
     "likeliest, likeliest": (LIKELIEST | {"mask_temperature": 3.0}, LIKELIEST),
     "top-p 0.7, top-p 0.7": (OFF | {"top_p": 0.7}, OFF | {"top_p": 0.7}),

@@ -47,7 +47,7 @@ recipe presets choose_presets.py
 recipe losses evaluate.py --clips 2 --excerpts 64 --out "$out/evaluation.json"
 recipe from_nothing from_nothing.py --pieces 16
 recipe sampling choose_sampling.py
-recipe continuations choose_sampling.py --clips 2 --prefix 5 --ways "codebook by codebook, guidance 0.35, likeliest"
+recipe continuations choose_sampling.py --clips 2 --prefix 5 --ways "codebook by codebook, top-p 0.9, likeliest"
 recipe from_nothing_16 from_nothing.py --part validation --seed 2 --pieces 16
 recipe codebooks what_codebooks_tell.py --kept 4
 recipe buzz measure_buzz.py vampnet_jax/models/tiny/codec.safetensors
@@ -55,5 +55,5 @@ recipe rounding rounding.py runs/coarse runs/fine
 recipe gaps loss_in_gaps.py runs/coarse runs/fine
 recipe compression measure_compression.py --excerpts 12
 wait "$queue"
-measure speed "$python" -m vampnet_jax benchmark --repeats 3
+measure speed "$python" -m vampnet_jax benchmark --steps 48 --repeats 3
 [ ! -e "$out/failed" ]
