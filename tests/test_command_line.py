@@ -14,7 +14,7 @@ from codec_bridge import InputError
 from vampnet_jax import cli
 from vampnet_jax.cli import download
 from vampnet_jax.cli.naming import named_as_options
-from vampnet_jax.cli.status import BROKEN_PIPE, INTERRUPTED, USER_ERROR, quiet_if_unread
+from vampnet_jax.cli.status import BROKEN_PIPE, INTERRUPTED, USER_ERROR, quiet_if_unwritten
 
 SCRIPT = "from vampnet_jax.cli import main; main()"
 """What the installed script does."""
@@ -48,8 +48,18 @@ def test_a_reader_that_stops_early_gets_no_traceback(arguments):
     assert writer.returncode == BROKEN_PIPE
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"]])
+def test_output_to_a_full_disk_gets_one_sentence(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", SCRIPT, *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (USER_ERROR, 1)
+    assert "disk is full" in done.stderr
+
+
 def test_a_broken_pipe_that_is_not_the_output_is_an_error(capfd):
-    with pytest.raises(BrokenPipeError), quiet_if_unread():
+    with pytest.raises(BrokenPipeError), quiet_if_unwritten():
         raise BrokenPipeError
 
 

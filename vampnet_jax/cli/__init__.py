@@ -6,8 +6,8 @@ Modules are imported only when their command runs, so that start-up stays short.
 import importlib
 import sys
 
-from codec_bridge.errors import InputError, no_space
-from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR, loading, quiet_if_unread
+from codec_bridge.errors import InputError
+from vampnet_jax.cli.status import INTERRUPTED, USER_ERROR, loading, quiet_if_unwritten
 
 COMMANDS = {
     "sample": "audio in, variations out",
@@ -25,7 +25,7 @@ COMMANDS = {
 """Sub-command → what it does; `a-b` lives in the module `vampnet_jax.cli.a_b`."""
 
 
-@quiet_if_unread()
+@quiet_if_unwritten()
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script `vampnet`."""
     args = sys.argv[1:] if argv is None else argv
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     run(args[0], args[1:])
 
 
-@quiet_if_unread()
+@quiet_if_unwritten()
 def run(command: str, argv: list[str] | None = None) -> None:
     """Run one sub-command and exit with one of `vampnet_jax.cli.status`."""
     module_name = {"import": "import_"}.get(command, command.replace("-", "_"))
@@ -53,11 +53,6 @@ def run(command: str, argv: list[str] | None = None) -> None:
         status = module.main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = USER_ERROR
-    except Exception as error:
-        if not no_space(error):
-            raise
-        print("error: The disk is full; make room and run the same command again.", file=sys.stderr)
         status = USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

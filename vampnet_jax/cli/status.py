@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from codec_bridge.errors import no_space
+
 OK = 0
 FAILED_CHECK = 1
 """The command worked and its answer is no."""
@@ -49,21 +51,31 @@ def loading() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_if_unread() -> Iterator[None]:
-    """A context that ends the process without a traceback once nobody reads its output.
+def quiet_if_unwritten() -> Iterator[None]:
+    """A context that ends the process without a traceback when output cannot be written.
 
-    That is when whoever read it, such as `head`, has seen enough.
+    Either the disk is full, or whoever read the output, such as `head`, has seen enough.
     """
     try:
         try:
             yield
         finally:
             print(end="", flush=True)  # what is short has not been written before
+        return
     except BrokenPipeError:
         if not _is_unread(sys.stdout.fileno()):
             raise  # of another pipe
+        status = BROKEN_PIPE
+    except Exception as error:
+        if not no_space(error):
+            raise
+        print("error: The disk is full; make room and run the same command again.", file=sys.stderr)
+        status = USER_ERROR
+    try:
+        print(end="", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more at exit
-        sys.exit(BROKEN_PIPE)
+    sys.exit(status)
 
 
 def _is_unread(fd: int) -> bool:
