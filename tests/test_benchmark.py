@@ -90,6 +90,26 @@ def test_a_run_and_its_comparison(folder, tmp_path, capsys, monkeypatch):
     ]
 
 
+def test_a_model_is_measured_as_it_is_best_sampled(folder, tmp_path):
+    """Its own steps by codebook, of which each computes the logits of one codebook only."""
+    model = vampnet.load(folder)
+    own = model.coarse_sampling.changed(codebook_steps=(3, 1))
+    vampnet.save(dataclasses.replace(model, coarse_sampling=own), tmp_path / "model")
+    work = workload.Workload(Setting(model=str(tmp_path / "model"), seconds=0.3, device="cpu"))
+    config = work.configs()["coarse"]
+    assert work.sampling["coarse"] == own
+    head = 2 * config.embedding_dim * config.vocab_size  # of a frame and codebook
+    one_pass = flops.forward_flops(config, work.n_frames)
+    assert work.flops()["coarse"] == 4 * (one_pass - work.n_frames * head)
+    measurement = measuring.measure([work.setting], 1)[0]
+    sampling = measurement.as_json()["stages"]["coarse"]["sampling"]
+    assert sampling["codebook_steps"] == (3, 1)
+    console = Console(width=200)
+    with console.capture() as shown:
+        report.show(measurement, console)
+    assert "coarse: 3+1 steps" in shown.get()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -112,7 +132,7 @@ def test_a_run_and_its_comparison(folder, tmp_path, capsys, monkeypatch):
         (["--mesh", "rows=2"], "rows=2"),
         (["--compare", "dtype"], "OPTION=VALUE"),
         (["--compare", "colour=red"], "colour=red"),
-        (["--compare", "steps=24"], "changes nothing"),
+        (["--steps", "24", "--compare", "steps=24"], "changes nothing"),
         (["--compare", "batch=0"], "--batch is 0"),
         (["--compare", "batch=2", "--steps", "1", "2"], "give one value"),
         (["--compare", "batch=2", "--topology", "v5e:2x2"], "leave one out"),
@@ -142,7 +162,7 @@ def test_further_values_are_measured_with_the_first_of_the_others():
 
     arguments = ["--batch", "1", "4", "--steps", "8", "12", "16", "--typical-mass", "off"]
     points = [(s.batch, s.steps, s.fine_steps) for s in _points(_parse(arguments))]
-    assert points == [(1, 8, 2), (4, 8, 2), (1, 12, 2), (1, 16, 2)]
+    assert points == [(1, 8, None), (4, 8, None), (1, 12, None), (1, 16, None)]
     assert all(s.typical_mass == "off" for s in _points(_parse(arguments)))
 
 
@@ -153,7 +173,9 @@ def test_options_reach_the_models():
     default = vampnet.SamplingOptions(top_p=0.9)
     expected = vampnet.SamplingOptions(steps=3, typical_mass=None, top_k=5, top_p=0.9)
     assert setting.sampling("coarse", default) == expected
-    assert setting.sampling("fine", default).steps == 2
+    own = vampnet.SamplingOptions(codebook_steps=(4, 2))
+    assert setting.sampling("fine", own) == dataclasses.replace(own, typical_mass=None, top_k=5)
+    assert setting.sampling("coarse", own).codebook_steps is None
 
 
 @pytest.fixture
@@ -211,11 +233,13 @@ def test_flops_are_those_that_the_compiler_counts():
 
 
 def made_up(seconds, forward, rate, **setting) -> Measurement:
+    by_codebook = vampnet.SamplingOptions(codebook_steps=(24, 8))
     return Measurement(
         setting=Setting(**setting), audio_seconds=10.0, tokens={"coarse": 1000},
         flops={"coarse": 10**9}, platform="cpu", n_devices=1, dtypes={"coarse": "float32"},
         codec_device="cpu", seconds={"coarse": seconds}, forward={"coarse": forward},
         matmul={"coarse": rate}, memory=Peak(2**30, "the process"),
+        sampling={"coarse": Setting(**setting).sampling("coarse", by_codebook)},
     )  # fmt: skip
 
 
@@ -236,7 +260,8 @@ def test_the_plot_has_a_panel_for_each_option_that_varies():
     slow = made_up([2.0], [0.5], [1e9], steps=48)
     batches = report._line([one, *more, slow], "batch")
     assert [m.setting.batch for m in batches] == [1, 2, 8]
-    assert [m.setting.steps for m in report._line([one, *more, slow], "steps")] == [24, 48]
+    by_steps = report._line([one, *more, slow], "steps")
+    assert [report._value(m, "steps") for m in by_steps] == [32, 48]
 
 
 def test_compilations_are_counted():

@@ -118,6 +118,11 @@ class SamplingOptions:
                 "codebooks."
             )
 
+    @property
+    def total_steps(self) -> int:
+        """Decoding steps, those of all codebooks together."""
+        return self.steps if self.codebook_steps is None else sum(self.codebook_steps)
+
     def changed(self, **changes: Any) -> "SamplingOptions":
         """A copy with changes.
 

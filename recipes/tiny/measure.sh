@@ -55,5 +55,5 @@ recipe rounding rounding.py runs/coarse runs/fine
 recipe gaps loss_in_gaps.py runs/coarse runs/fine
 recipe compression measure_compression.py --excerpts 12
 wait "$queue"
-measure speed "$python" -m vampnet_jax benchmark --steps 48 --repeats 3
+measure speed "$python" -m vampnet_jax benchmark --repeats 3
 [ ! -e "$out/failed" ]

@@ -126,16 +126,18 @@ def estimate(
     compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: pod_check.Chip
 ) -> Estimate:
     """Read a compiled program's needs, and count its work; all per chip."""
-    config, steps = work.config, work.options.steps
+    config, steps = work.config, work.options.total_steps
     n_chips = layout.mesh.size
-    logits = 4 * work.rows * work.n_frames * config.n_predicted_codebooks * config.vocab_size
+    by_codebook = work.options.codebook_steps is not None
+    n_codebooks = 1 if by_codebook else config.n_predicted_codebooks  # of a step's logits
+    logits = 4 * work.rows * work.n_frames * n_codebooks * config.vocab_size
     held = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(layout.abstract(abstract_params(config)))
     )
     return Estimate(
         needs=pod_check.needs(compiled, chip),
-        flops=work.rows * steps * forward_flops(config, work.n_frames) / n_chips,
+        flops=work.rows * steps * forward_flops(config, work.n_frames, n_codebooks) / n_chips,
         traffic=steps * (held + 2 * logits / n_chips),
     )
 
@@ -164,7 +166,7 @@ def check(setting: Setting, topology: str, console: Console) -> bool:
         axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
         console.print(
             f"{topology}: {len(devices)} chips, mesh {axes}; {work.name}: {work.rows} windows of "
-            f"{work.n_frames} frames, {work.options.steps} steps, {work.config.dtype}",
+            f"{work.n_frames} frames, {work.options.total_steps} steps, {work.config.dtype}",
             highlight=False,
         )
         try:

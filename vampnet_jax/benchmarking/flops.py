@@ -14,7 +14,7 @@ WORK, ACCELERATOR_WORK = 4e9, 4e12
 """FLOPs of one measurement at least, so that the call itself costs nothing beside them."""
 
 
-def forward_flops(config: ModelConfig, n_frames: int) -> int:
+def forward_flops(config: ModelConfig, n_frames: int, n_codebooks: int | None = None) -> int:
     """FLOPs of the matrix products of one forward pass over one window.
 
     Per frame 2 (C·d·D + L·10·D² + D·Cp·V) for the weights and 4·L·T·D for attention. Norms,
@@ -23,11 +23,13 @@ def forward_flops(config: ModelConfig, n_frames: int) -> int:
     Args:
       config: the model's dimensions.
       n_frames: T.
+      n_codebooks: Cp, how many codebooks logits are computed for; None: all that are predicted.
     """
+    n_codebooks = config.n_predicted_codebooks if n_codebooks is None else n_codebooks
     width = config.embedding_dim
     weights = config.n_codebooks * config.latent_dim * width
     weights += config.n_layers * 10 * width**2
-    weights += width * config.n_predicted_codebooks * config.vocab_size
+    weights += width * n_codebooks * config.vocab_size
     return n_frames * (2 * weights + 4 * config.n_layers * n_frames * width)
 
 

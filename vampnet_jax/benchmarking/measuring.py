@@ -12,6 +12,7 @@ from vampnet_jax.benchmarking import memory
 from vampnet_jax.benchmarking.memory import Peak
 from vampnet_jax.benchmarking.settings import Setting
 from vampnet_jax.benchmarking.workload import FIRST_AUDIO, Seconds, Workload
+from vampnet_jax.sampling import SamplingOptions
 
 COMPILING = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
@@ -34,6 +35,8 @@ class Measurement:
     """That each stage predicts, over the batch."""
     flops: dict[str, int]
     """Model FLOPs of each stage."""
+    sampling: dict[str, SamplingOptions]
+    """How each stage was sampled."""
     platform: str
     """cpu, gpu or tpu: what the transformers compute on."""
     n_devices: int
@@ -103,6 +106,7 @@ class Measurement:
                     "forward_utilisation": self.forward_utilisation(name),
                     "share_outside_transformer": self.outside(name),
                     "dtype": self.dtypes[name],
+                    "sampling": dataclasses.asdict(self.sampling[name]),
                 }
         return {
             "setting": dataclasses.asdict(self.setting),
@@ -179,6 +183,7 @@ def _first_run(setting: Setting) -> tuple[Measurement, Workload]:
         audio_seconds=workload.audio_seconds,
         tokens=workload.tokens(),
         flops=workload.flops(),
+        sampling=workload.sampling,
         platform=workload.devices[0].platform,
         n_devices=len(workload.devices),
         dtypes={name: config.dtype for name, config in workload.configs().items()},

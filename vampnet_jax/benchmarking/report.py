@@ -10,6 +10,7 @@ from rich.table import Table
 
 from codec_bridge.atomic import atomic_write
 from vampnet_jax.benchmarking.measuring import FIRST_AUDIO, Measurement, spread
+from vampnet_jax.sampling import SamplingOptions
 
 AXES = {
     "batch": "batch",
@@ -38,9 +39,9 @@ def show(measurement: Measurement, console: Console) -> None:
     for name in m.flops:
         rate = statistics.median(m.matmul[name])
         console.print(
-            f"{name}: {m.outside(name):.0%} of a step outside the transformer, which computes at "
-            f"{m.forward_utilisation(name):.0%} of the matmul rate ({rate / 1e9:,.0f} GFLOP/s, "
-            f"{m.dtypes[name]}, measured in this run"
+            f"{name}: {_steps(m.sampling[name])}, {m.outside(name):.0%} of a step outside the "
+            f"transformer, which computes at {m.forward_utilisation(name):.0%} of the matmul "
+            f"rate ({rate / 1e9:,.0f} GFLOP/s, {m.dtypes[name]}, measured in this run"
             f"{f', times {m.n_computing} devices' if m.n_computing > 1 else ''})",
             highlight=False,
         )
@@ -51,6 +52,11 @@ def show(measurement: Measurement, console: Console) -> None:
         f"{f', codec on {m.codec_device}' if m.codec_device else ''}\n",
         highlight=False,
     )
+
+
+def _steps(options: SamplingOptions) -> str:
+    each = options.codebook_steps or (options.steps,)
+    return f"{'+'.join(map(str, each))} steps"
 
 
 def _memory(m: Measurement) -> str:
@@ -106,7 +112,7 @@ def draw(path: str | os.PathLike[str], measurements: Sequence[Measurement]) -> N
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (name, line) in zip(all_axes, panels.items(), strict=True):
-        x = [getattr(m.setting, name) for m in line]
+        x = [_value(m, name) for m in line]
         for stage in line[0].seconds:
             if stage != FIRST_AUDIO:
                 axes.plot(x, [m.times_real_time(stage) for m in line], marker="o", label=stage)
@@ -127,4 +133,12 @@ def _line(measurements: Sequence[Measurement], name: str) -> list[Measurement]:
     """Those that differ from the first in one option only, by its value."""
     first = measurements[0].setting
     line = [m for m in measurements if replace(m.setting, **{name: getattr(first, name)}) == first]
-    return sorted(line, key=lambda m: getattr(m.setting, name))
+    return sorted(line, key=lambda m: _value(m, name))
+
+
+def _value(m: Measurement, name: str) -> float:
+    """Of an option in AXES; steps as they were done, where the setting leaves them to the model."""
+    stage = {"steps": "coarse", "fine_steps": "fine"}.get(name)
+    if stage is None:
+        return getattr(m.setting, name)
+    return m.sampling[stage].total_steps if stage in m.sampling else 0

@@ -52,8 +52,9 @@ class Setting:
     """Sizes of the axes of a mesh of devices, such as data=2,tensor=2; None: one device."""
     batch: int = 1
     seconds: float = 10.0
-    steps: int = 24
-    fine_steps: int = 2
+    steps: int | None = None
+    """Of the coarse model; None: as the model is best sampled."""
+    fine_steps: int | None = None
     dtype: Dtype | None = None
     """None: as the model says."""
     attention: Literal["xla", "cudnn"] | None = None
@@ -74,7 +75,7 @@ class Setting:
                 f"--seconds is {self.seconds:g}; it must be from {MIN_SECONDS:g} to {MAX_SECONDS}."
             )
         for option, steps in (("--steps", self.steps), ("--fine-steps", self.fine_steps)):
-            if steps < 1:
+            if steps is not None and steps < 1:
                 raise InputError(f"{option} is {steps}; it must be a whole number of at least 1.")
         try:
             self.sampling("coarse", COARSE_DEFAULTS)
@@ -89,7 +90,9 @@ class Setting:
             if (value := getattr(self, name)) is not None
         }
         steps = self.steps if stage == "coarse" else self.fine_steps
-        return default.changed(steps=steps, **changes)
+        if steps is not None:
+            changes["steps"] = steps
+        return default.changed(**changes)
 
     def computing(self, config: ModelConfig) -> ModelConfig:
         """A model's dimensions with this setting's dtype and attention.
@@ -135,10 +138,9 @@ class Setting:
     def describe(self) -> str:
         """In a few words."""
         name = f"official {self.config}, random weights" if self.config else self.model
-        steps = {"coarse": f"{self.steps}", "fine": f"{self.fine_steps}"}.get(
-            self.config or "", f"{self.steps}+{self.fine_steps}"
-        )
-        parts = [name, f"{self.seconds:g} s", f"batch {self.batch}", f"{steps} steps"]
+        parts = [name, f"{self.seconds:g} s", f"batch {self.batch}"]
+        parts += [f"{self.steps} steps"] if self.steps else []
+        parts += [f"{self.fine_steps} fine steps"] if self.fine_steps else []
         parts += [value for value in (self.dtype, self.attention) if value]
         parts += [f"mesh {self.mesh}"] if self.mesh else []
         return ", ".join(parts)

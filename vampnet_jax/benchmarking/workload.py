@@ -13,8 +13,9 @@ from vampnet_jax import masks, placement, streaming, vamping
 from vampnet_jax.benchmarking.flops import MatmulRate, forward_flops
 from vampnet_jax.benchmarking.settings import OFFICIAL, Setting, frames, load_model, random_stage
 from vampnet_jax.config import ModelConfig
-from vampnet_jax.model import Params, frame_major_logits, position_bias
+from vampnet_jax.model import Params, frame_features, frame_logits, position_bias
 from vampnet_jax.release import Model, Stage
+from vampnet_jax.sampling import SamplingOptions
 
 PERIOD = 7
 """Every so many frames one is prompt, as in the preset medium-variation; speed hardly depends
@@ -41,6 +42,8 @@ class Workload:
         self._model: Model | None = None
         self._windows: dict[str, int]
         self._stages: dict[str, Stage]
+        self.sampling: dict[str, SamplingOptions]
+        """How each stage is sampled."""
         with self._device():
             if setting.config is None:
                 model = load_model(setting)
@@ -48,6 +51,7 @@ class Workload:
                     model = placement.divide(model, self._mesh(model.coarse.config))
                 self._model = model
                 self._stages = {"coarse": model.coarse, "fine": model.fine}
+                own = {"coarse": model.coarse_sampling, "fine": model.fine_sampling}
                 self._windows = {"coarse": model.coarse_window, "fine": model.fine_window}
                 self._prepare_audio(model)
             else:
@@ -55,10 +59,12 @@ class Workload:
                 if setting.mesh is not None:
                     stage = placement.divide_stage(stage, self._mesh(stage.config))
                 self._stages = {setting.config: stage}
+                own = {setting.config: OFFICIAL[setting.config].sampling}
                 self._windows = {setting.config: window}
                 self.n_frames, self.audio_seconds = frames(setting.seconds), setting.seconds
+            self.sampling = {name: setting.sampling(name, options) for name, options in own.items()}
             self._forwards = {
-                name: _Forward(stage, self._rows(name), self._length(name))
+                name: _Forward(stage, self._rows(name), self._length(name), self._codebook(name))
                 for name, stage in self._stages.items()
             }
             self._rates = {
@@ -81,10 +87,6 @@ class Workload:
         """Dimensions of the transformers by stage."""
         return {name: stage.config for name, stage in self._stages.items()}
 
-    def passes(self, stage: str) -> int:
-        """Forward passes of a stage over one window of one example."""
-        return self.setting.steps if stage == "coarse" else self.setting.fine_steps
-
     def tokens(self) -> dict[str, int]:
         """Tokens of the codebooks that each stage predicts, over the batch."""
         return {
@@ -97,8 +99,12 @@ class Workload:
         return {
             name: self.setting.batch
             * len(self._starts(name))
-            * self.passes(name)
-            * forward_flops(stage.config, min(self.n_frames, self._windows[name]))
+            * self.sampling[name].total_steps
+            * forward_flops(
+                stage.config,
+                min(self.n_frames, self._windows[name]),
+                None if self._codebook(name) is None else 1,
+            )
             for name, stage in self._stages.items()
         }
 
@@ -114,7 +120,7 @@ class Workload:
         """The transformer's share of each stage: as many forward passes as the stage has."""
         with self._device():
             return {
-                name: forward() * self.passes(name) * self._groups(name)
+                name: forward() * self.sampling[name].total_steps * self._groups(name)
                 for name, forward in self._forwards.items()
             }
 
@@ -135,21 +141,24 @@ class Workload:
             if stage == "coarse" and done == total:
                 lap("coarse")
 
-        options = {
-            "coarse": self.setting.sampling("coarse", model.coarse_sampling),
-            "fine": self.setting.sampling("fine", model.fine_sampling),
-        }
         tokens = model.codec.encode(self._audio)[:, : self._mask.shape[1]]
         lap("encode")
         made = vamping.vamp(
-            model, tokens, self._mask, jax.random.key(seed), **options, on_progress=on_progress
+            model,
+            tokens,
+            self._mask,
+            jax.random.key(seed),
+            **self.sampling,
+            on_progress=on_progress,
         )
         lap("fine")
         np.asarray(model.codec.decode(made))
         lap("decode")
         laps["everything"] = clock[-1] - clock[0]
         before = time.perf_counter()
-        pieces = streaming.stream(model, self._audio, self._mask, jax.random.key(seed), **options)
+        pieces = streaming.stream(
+            model, self._audio, self._mask, jax.random.key(seed), **self.sampling
+        )
         next(pieces)
         laps[FIRST_AUDIO] = time.perf_counter() - before
         return laps
@@ -162,12 +171,12 @@ class Workload:
         mask = np.array(masks.periodic(shape, PERIOD))
         mask[:, : config.n_conditioning_codebooks] = False
         keys = jax.random.split(jax.random.key(seed), self.setting.batch)
-        options = self.setting.sampling(name, OFFICIAL[name].sampling)
         starts = self._starts(name)
         passes = [[s] for s in starts]
         if name == "fine":
             passes = self._fine_passes()
         before = time.perf_counter()
+        options = self.sampling[name]
         vamping.fill(stage, tokens, mask, keys, options, passes, window, lambda count: None)
         return time.perf_counter() - before
 
@@ -188,6 +197,10 @@ class Workload:
         """Frames that the transformer reads at once."""
         window = self._windows[stage]
         return vamping.bucket(min(self.n_frames, window), window)
+
+    def _codebook(self, stage: str) -> int | None:
+        """Of which a step computes logits, if it is one alone."""
+        return None if self.sampling[stage].codebook_steps is None else 0
 
     def _rows(self, stage: str) -> int:
         """Windows that it reads at once, at most."""
@@ -217,7 +230,7 @@ class Workload:
 class _Forward:
     """The transformer of a stage alone, on a batch as the sampler gives it."""
 
-    def __init__(self, stage: Stage, rows: int, length: int) -> None:
+    def __init__(self, stage: Stage, rows: int, length: int, codebook: int | None) -> None:
         config = stage.config
         shape = (rows, config.n_codebooks, length)
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
@@ -230,7 +243,8 @@ class _Forward:
         @jax.jit
         def forward(params: Params, tokens: jax.Array, bias: jax.Array) -> jax.Array:
             # The largest logit stands for all, so that they need not be written out.
-            return jnp.max(frame_major_logits(params, tokens, config, bias=bias))
+            features = frame_features(params, tokens, config, bias=bias)
+            return jnp.max(frame_logits(params, features, config, codebook))
 
         self._forward: Callable[..., jax.Array] = forward
 

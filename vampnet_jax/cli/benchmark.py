@@ -43,9 +43,9 @@ class Options:
     seconds: Annotated[tuple[float, ...], arg(metavar="SECONDS...")] = (10.0,)
     """Length of a clip."""
     steps: Annotated[tuple[int, ...], arg(metavar="N...")] = ()
-    """Decoding steps of the coarse model (24)."""
+    """Decoding steps of the coarse model (as the model is best sampled)."""
     fine_steps: Annotated[tuple[int, ...], arg(metavar="N...")] = ()
-    """Decoding steps of the fine model (2)."""
+    """Decoding steps of the fine model (as the model is best sampled)."""
     dtype: Literal["float32", "bfloat16", "bfloat16-products"] | None = None
     """What matrix products compute in (as the model says)."""
     attention: Literal["xla", "cudnn"] | None = None
