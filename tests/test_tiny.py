@@ -87,3 +87,19 @@ def test_masked_tokens_of_the_example_are_predicted(tiny, tokens, name, margin):
     sums = masked_sums(stage.params, batch, mask, config)
     loss = float(sums.log_loss.sum() / sums.tokens.sum())
     assert loss < UNIFORM - margin  # a unigram model of its codes comes to 6.9 as well
+
+
+def test_a_small_variation_is_closer_than_a_large_one(tiny, example, tokens):
+    """And both are far from random tokens."""
+    key, rate = jax.random.key(0), tiny.codec.sample_rate / tiny.codec.hop_length
+
+    def variation(preset):
+        mask = tiny.presets[preset].mask(tokens.shape, key, frame_rate=rate)
+        return vampnet.vamp(tiny, tokens, mask, key)
+
+    random = jax.random.randint(key, tokens.shape, 0, 1024)
+    codec, small, large, far = (
+        mel_distance(example[0], tiny.codec.decode(made)[0])
+        for made in (tokens, variation("small-variation"), variation("large-variation"), random)
+    )
+    assert codec < small < large < (codec + far) / 2
