@@ -218,6 +218,12 @@ def test_sampling_is_compiled_for_chips_that_are_not_here(small_official, monkey
     logits = 4 * 2 * 72 * 4 * work.config.vocab_size
     assert found.traffic == 3 * (4 * n_parameters + 2 * logits)
     assert found.times["memory"] == found.traffic / 1e6
+    by_codebook = vampnet.SamplingOptions(codebook_steps=(2, 1, 1, 1), guidance=0.5)
+    work = dataclasses.replace(work, options=by_codebook)
+    found = ahead.estimate(ahead.compile_work(work, layout), work, layout, chip)
+    head = 4 * (work.config.embedding_dim + 1) * work.config.vocab_size  # of one codebook
+    passes_and_heads = 6 * (4 * n_parameters - 4 * head) + 10 * head
+    assert found.traffic == passes_and_heads + 10 * 2 * logits / 4
     with pytest.raises(vampnet.InputError, match="multiple of 2"):
         ahead.check(Setting(config="coarse", batch=3), "v5e:1x2", console)
 
@@ -230,6 +236,40 @@ def test_flops_are_those_that_the_compiler_counts():
     compiled = vampnet.apply.lower(params, tokens, config).compile()
     counted = compiled.cost_analysis()["flops"]
     assert flops.forward_flops(config, 200) == pytest.approx(counted, rel=0.06)  # norms, softmax
+
+
+def test_flops_of_sampling_are_those_of_its_passes_and_logits():
+    config = vampnet.ModelConfig(n_codebooks=3, n_layers=1, n_heads=4, embedding_dim=128)
+    whole, body = flops.forward_flops(config, 200), flops.forward_flops(config, 200, 0)
+    head = 200 * 2 * 128 * config.vocab_size  # of one codebook
+    assert whole == body + 3 * head
+
+    def of(**options):
+        return flops.sampling_flops(config, vampnet.SamplingOptions(**options), 200)
+
+    assert of(steps=5) == 5 * whole
+    assert of(codebook_steps=(3, 1, 1)) == 5 * (body + head)
+    assert of(steps=5, guidance=1.0) == 6 * body + 10 * 3 * head
+    assert of(codebook_steps=(3, 1, 1), guidance=1.0) == 6 * body + 10 * head
+
+
+def test_settings_are_told_apart_by_their_names():
+    changes = (
+        {}, {"steps": 3}, {"fine_steps": 3}, {"top_p": "off"}, {"top_k": 3}, {"guidance": 0.5},
+        {"order": "spread"}, {"typical_mass": 0.2}, {"mesh": "data=2"}, {"device": "cpu"},
+        {"dtype": "bfloat16"}, {"attention": "xla"}, {"batch": 2}, {"seconds": 3.0},
+    )  # fmt: skip
+    assert len({Setting(**change).describe() for change in changes}) == len(changes)
+
+
+def test_what_ends_by_entropy_has_no_rates(folder, tmp_path):
+    model = vampnet.load(folder)
+    own = model.coarse_sampling.changed(steps=3, entropy_bound=5.0, typical_mass=None)
+    vampnet.save(dataclasses.replace(model, coarse_sampling=own), tmp_path / "model")
+    setting = Setting(model=str(tmp_path / "model"), seconds=0.3, device="cpu")
+    stages = measuring.measure([setting], 1)[0].as_json()["stages"]
+    assert "flops" not in stages["coarse"]
+    assert "flops" in stages["fine"]
 
 
 def made_up(seconds, forward, rate, **setting) -> Measurement:
@@ -254,7 +294,7 @@ def test_figures_follow_from_the_times():
     assert report.ratios(m, other)["coarse"] == [4.0, 8.0, 8.0]
 
 
-def test_the_plot_has_a_panel_for_each_option_that_varies():
+def test_the_plot_has_a_panel_for_each_option_that_varies(tmp_path, monkeypatch):
     one = made_up([1.0], [0.5], [1e9])
     more = [made_up([1.0], [0.5], [1e9], **changed) for changed in ({"batch": 8}, {"batch": 2})]
     slow = made_up([2.0], [0.5], [1e9], steps=48)
@@ -262,6 +302,14 @@ def test_the_plot_has_a_panel_for_each_option_that_varies():
     assert [m.setting.batch for m in batches] == [1, 2, 8]
     by_steps = report._line([one, *more, slow], "steps")
     assert [report._value(m, "steps") for m in by_steps] == [32, 48]
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.extend(figure.axes)
+    )
+    report.draw(tmp_path / "plot.png", [one, *more, slow])
+    assert [axes.get_xlabel() for axes in drawn] == ["batch", "coarse steps"]
+    assert [tick.get_text() for tick in drawn[0].get_xticklabels()] == ["1", "2", "8"]
+    assert list(drawn[1].lines[0].get_ydata()) == [10.0, 5.0]  # 10 s of audio in 1 and 2 s
 
 
 def test_compilations_are_counted():

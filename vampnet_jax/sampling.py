@@ -120,8 +120,12 @@ class SamplingOptions:
 
     @property
     def total_steps(self) -> int:
-        """Decoding steps, those of all codebooks together."""
+        """Decoding steps, those of all codebooks together; at most, with entropy_bound."""
         return self.steps if self.codebook_steps is None else sum(self.codebook_steps)
+
+    def codebooks_per_step(self, config: ModelConfig) -> int:
+        """How many codebooks' logits a step computes."""
+        return config.n_predicted_codebooks if self.codebook_steps is None else 1
 
     def changed(self, **changes: Any) -> "SamplingOptions":
         """A copy with changes.

@@ -15,7 +15,7 @@ from rich.table import Table
 from codec_bridge.errors import InputError
 from vampnet_jax import model as network
 from vampnet_jax import placement, vamping
-from vampnet_jax.benchmarking.flops import forward_flops
+from vampnet_jax.benchmarking.flops import sampling_flops
 from vampnet_jax.benchmarking.settings import OFFICIAL, OFFICIAL_FRAME_RATE, Setting, frames
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.release import read_description, resolve, sampling_defaults
@@ -47,8 +47,8 @@ class Estimate:
     flops: float
     """Model FLOPs of all steps, by formula."""
     traffic: float
-    """Bytes that have to be moved to and from memory at least: every parameter once a step, the
-    logits written and read once."""
+    """Bytes that have to be moved to and from memory at least: every parameter that a step uses
+    once, the logits written and read once."""
 
     @property
     def times(self) -> dict[str, float]:
@@ -126,19 +126,28 @@ def estimate(
     compiled: jax.stages.Compiled, work: Work, layout: Layout, chip: pod_check.Chip
 ) -> Estimate:
     """Read a compiled program's needs, and count its work; all per chip."""
-    config, steps = work.config, work.options.total_steps
-    n_chips = layout.mesh.size
-    by_codebook = work.options.codebook_steps is not None
-    n_codebooks = 1 if by_codebook else config.n_predicted_codebooks  # of a step's logits
-    logits = 4 * work.rows * work.n_frames * n_codebooks * config.vocab_size
-    held = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(layout.abstract(abstract_params(config)))
-    )
+    config, options, n_chips = work.config, work.options, layout.mesh.size
+    n_predicted = options.codebooks_per_step(config)
+    logits = 4 * work.rows * work.n_frames * n_predicted * config.vocab_size / n_chips
+    params = layout.abstract(abstract_params(config))
+    whole_head = _held(params["head"])
+    body = _held(params) - whole_head
+    head = whole_head * n_predicted // config.n_predicted_codebooks
+    passes, heads = options.total_steps, options.total_steps
+    if options.guidance is not None:  # one pass more, and its logits in every step
+        passes, heads = passes + 1, 2 * heads
     return Estimate(
         needs=pod_check.needs(compiled, chip),
-        flops=work.rows * steps * forward_flops(config, work.n_frames, n_codebooks) / n_chips,
-        traffic=steps * (held + 2 * logits / n_chips),
+        flops=work.rows * sampling_flops(config, options, work.n_frames) / n_chips,
+        traffic=passes * body + heads * (head + 2 * logits),
+    )
+
+
+def _held(params: network.Params) -> int:
+    """Bytes of parameters on one chip."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(params)
     )
 
 

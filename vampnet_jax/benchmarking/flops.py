@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.sampling import SamplingOptions
 
 MAX_ROWS = 16384
 """Rows of the largest product that is measured; bounds memory."""
@@ -14,7 +15,7 @@ WORK, ACCELERATOR_WORK = 4e9, 4e12
 """FLOPs of one measurement at least, so that the call itself costs nothing beside them."""
 
 
-def forward_flops(config: ModelConfig, n_frames: int, n_codebooks: int | None = None) -> int:
+def forward_flops(config: ModelConfig, n_frames: int, n_predicted: int | None = None) -> int:
     """FLOPs of the matrix products of one forward pass over one window.
 
     Per frame 2 (C·d·D + L·10·D² + D·Cp·V) for the weights and 4·L·T·D for attention. Norms,
@@ -23,14 +24,28 @@ def forward_flops(config: ModelConfig, n_frames: int, n_codebooks: int | None = 
     Args:
       config: the model's dimensions.
       n_frames: T.
-      n_codebooks: Cp, how many codebooks logits are computed for; None: all that are predicted.
+      n_predicted: Cp, if logits of fewer codebooks are computed than the model predicts.
     """
-    n_codebooks = config.n_predicted_codebooks if n_codebooks is None else n_codebooks
+    n_predicted = config.n_predicted_codebooks if n_predicted is None else n_predicted
     width = config.embedding_dim
     weights = config.n_codebooks * config.latent_dim * width
     weights += config.n_layers * 10 * width**2
-    weights += width * n_codebooks * config.vocab_size
+    weights += width * n_predicted * config.vocab_size
     return n_frames * (2 * weights + 4 * config.n_layers * n_frames * width)
+
+
+def sampling_flops(config: ModelConfig, options: SamplingOptions, n_frames: int) -> int:
+    """FLOPs of the matrix products of sampling one window; at most, with entropy_bound.
+
+    A step is a forward pass to the logits of the codebooks that it works on. Guidance takes one
+    pass more, without logits, and these logits once more in every step.
+    """
+    n_predicted = options.codebooks_per_step(config)
+    one_pass = forward_flops(config, n_frames, n_predicted)
+    without_logits = forward_flops(config, n_frames, 0)
+    if options.guidance is None:
+        return options.total_steps * one_pass
+    return options.total_steps * (2 * one_pass - without_logits) + without_logits
 
 
 class MatmulRate:

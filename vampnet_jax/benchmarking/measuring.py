@@ -106,6 +106,7 @@ class Measurement:
                     "forward_utilisation": self.forward_utilisation(name),
                     "share_outside_transformer": self.outside(name),
                     "dtype": self.dtypes[name],
+                    "steps": self.sampling[name].total_steps,
                     "sampling": dataclasses.asdict(self.sampling[name]),
                 }
         return {

@@ -142,7 +142,10 @@ class Setting:
         parts += [f"{self.steps} steps"] if self.steps else []
         parts += [f"{self.fine_steps} fine steps"] if self.fine_steps else []
         parts += [value for value in (self.dtype, self.attention) if value]
-        parts += [f"mesh {self.mesh}"] if self.mesh else []
+        for option in ("mesh", "typical_mass", "top_k", "top_p", "order", "guidance"):
+            value = getattr(self, option)
+            parts += [f"{option.replace('_', '-')} {value}"] if value is not None else []
+        parts += [f"on {self.device}"] if self.device != "auto" else []
         return ", ".join(parts)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vampnet_jax import masks, placement, streaming, vamping
-from vampnet_jax.benchmarking.flops import MatmulRate, forward_flops
+from vampnet_jax.benchmarking.flops import MatmulRate, sampling_flops
 from vampnet_jax.benchmarking.settings import OFFICIAL, Setting, frames, load_model, random_stage
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.model import Params, frame_features, frame_logits, position_bias
@@ -18,8 +18,8 @@ from vampnet_jax.release import Model, Stage
 from vampnet_jax.sampling import SamplingOptions
 
 PERIOD = 7
-"""Every so many frames one is prompt, as in the preset medium-variation; speed hardly depends
-on it."""
+"""Every so many frames one is prompt, as in the original's preset medium-variation; speed hardly
+depends on it."""
 
 PASSES = 4
 """Forward passes that are timed together."""
@@ -64,7 +64,7 @@ class Workload:
                 self.n_frames, self.audio_seconds = frames(setting.seconds), setting.seconds
             self.sampling = {name: setting.sampling(name, options) for name, options in own.items()}
             self._forwards = {
-                name: _Forward(stage, self._rows(name), self._length(name), self._codebook(name))
+                name: _Forward(stage, self._rows(name), self._length(name), self.sampling[name])
                 for name, stage in self._stages.items()
             }
             self._rates = {
@@ -95,17 +95,18 @@ class Workload:
         }
 
     def flops(self) -> dict[str, int]:
-        """Model FLOPs of each stage: all windows, their overlap included, and all steps."""
+        """Model FLOPs of each stage: all windows, their overlap included, and all steps.
+
+        Not of a stage whose steps are as many as the music needs (entropy_bound).
+        """
         return {
             name: self.setting.batch
             * len(self._starts(name))
-            * self.sampling[name].total_steps
-            * forward_flops(
-                stage.config,
-                min(self.n_frames, self._windows[name]),
-                None if self._codebook(name) is None else 1,
+            * sampling_flops(
+                stage.config, self.sampling[name], min(self.n_frames, self._windows[name])
             )
             for name, stage in self._stages.items()
+            if self.sampling[name].entropy_bound is None
         }
 
     def run(self, seed: int) -> Seconds:
@@ -120,8 +121,7 @@ class Workload:
         """The transformer's share of each stage: as many forward passes as the stage has."""
         with self._device():
             return {
-                name: forward() * self.sampling[name].total_steps * self._groups(name)
-                for name, forward in self._forwards.items()
+                name: forward() * self._groups(name) for name, forward in self._forwards.items()
             }
 
     def matmul_rates(self) -> dict[str, float]:
@@ -198,10 +198,6 @@ class Workload:
         window = self._windows[stage]
         return vamping.bucket(min(self.n_frames, window), window)
 
-    def _codebook(self, stage: str) -> int | None:
-        """Of which a step computes logits, if it is one alone."""
-        return None if self.sampling[stage].codebook_steps is None else 0
-
     def _rows(self, stage: str) -> int:
         """Windows that it reads at once, at most."""
         together = [1] if stage == "coarse" else map(len, self._fine_passes())
@@ -230,8 +226,10 @@ class Workload:
 class _Forward:
     """The transformer of a stage alone, on a batch as the sampler gives it."""
 
-    def __init__(self, stage: Stage, rows: int, length: int, codebook: int | None) -> None:
-        config = stage.config
+    def __init__(self, stage: Stage, rows: int, length: int, options: SamplingOptions) -> None:
+        config, guided = stage.config, options.guidance is not None
+        codebook = None if options.codebook_steps is None else 0
+        self._passes = options.total_steps + guided
         shape = (rows, config.n_codebooks, length)
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
         self._tokens = placement.beside(stage.params, jnp.asarray(tokens))
@@ -244,14 +242,17 @@ class _Forward:
         def forward(params: Params, tokens: jax.Array, bias: jax.Array) -> jax.Array:
             # The largest logit stands for all, so that they need not be written out.
             features = frame_features(params, tokens, config, bias=bias)
-            return jnp.max(frame_logits(params, features, config, codebook))
+            logits = frame_logits(params, features, config, codebook)
+            if guided:
+                logits = logits - frame_logits(params, 2 * features, config, codebook)
+            return jnp.max(logits)
 
         self._forward: Callable[..., jax.Array] = forward
 
     def __call__(self) -> float:
-        """Seconds of one pass, the mean of some; the first call compiles."""
+        """Seconds of the passes of a batch of windows, from the mean of some; first it compiles."""
         before = time.perf_counter()
         # Started together, so that an accelerator does not wait for Python as it would for one.
         passes = [self._forward(self._params, self._tokens, self._bias) for _ in range(PASSES)]
         jax.block_until_ready(passes)
-        return (time.perf_counter() - before) / PASSES
+        return self._passes * (time.perf_counter() - before) / PASSES
