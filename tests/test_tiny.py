@@ -52,7 +52,8 @@ def mel_distance(a, b):
 def test_everything_for_a_release_is_there_and_small():
     names = {file.name for file in TINY.iterdir()}
     assert {"config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors"} <= names
-    assert {"MODEL_CARD.md", "COPYING", "example.flac"} <= names
+    assert {"MODEL_CARD.md", "COPYING", "COPYING-GPL-3", "frequencies.safetensors"} <= names
+    assert "example.flac" in names
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 24 * 2**20
 
 
@@ -77,7 +78,7 @@ def test_the_codec_keeps_the_example_recognisable(tiny, example, tokens):
     assert near < 0.7 * far
 
 
-@pytest.mark.parametrize(("name", "margin"), [("coarse", 0.6), ("fine", 0.4)])
+@pytest.mark.parametrize(("name", "margin"), [("coarse", 2.5), ("fine", 1.5)])
 def test_masked_tokens_of_the_example_are_predicted(tiny, tokens, name, margin):
     stage, window = getattr(tiny, name), getattr(tiny, f"{name}_window")
     config = stage.config

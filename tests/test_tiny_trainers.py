@@ -179,3 +179,18 @@ def test_pairs_refuse_tokens_and_variations_of_another_codec(folder):
     (folder / "variations/made_by.json").unlink()
     with pytest.raises(SystemExit, match="run vary_training_tracks"):
         Pairs(*paths, codes, 20)
+
+
+@pytest.mark.parametrize("script", ["tune_decoder", "tune_codec"])
+def test_a_run_that_began_from_another_codec_is_not_continued(folder, monkeypatch, script):
+    import tune_codec
+
+    monkeypatch.setattr(tune_codec, "FIT_EXCERPTS", 20)
+    run("tune_decoder", folder, monkeypatch, *tuning(folder, "other"), steps=1)
+    run(script, folder, monkeypatch, *tuning(folder), steps=1)
+    checkpoint = folder / "out" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    options = [*tuning(folder), "--codec", folder / "other" / "codec.safetensors"]
+    with pytest.raises(SystemExit, match=r"began from another codec; name a new --out"):
+        run(script, folder, monkeypatch, *options, steps=2)
+    assert checkpoint.read_bytes() == before

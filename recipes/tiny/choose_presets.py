@@ -15,7 +15,7 @@ from vampnet_jax.prompts import PRESETS, Prompt
 ALL = 16
 """Kept frames keep all codebooks of `tiny`."""
 PROMPTS = {
-    **{f"{name} of the original": prompt for name, prompt in PRESETS.items() if prompt.periodic},
+    **{f"{name} of the original": PRESETS[name] for name in PRESETS if name != "unconditional"},
     **{
         f"{width} of {period} frames, all codebooks": Prompt(
             periodic=period, width=width, upper_codebooks=ALL

@@ -17,9 +17,9 @@ from vampnet_jax.sampling import SamplingOptions
 OFF = {"typical_mass": None}
 LIKELIEST = OFF | {"sample_cutoff": 0.0}
 BY_CODEBOOK = {"codebook_steps": (24, 8, 8, 8)}
-WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
-    "as the original": ({}, {}),
-    "as the original, likeliest": ({}, LIKELIEST),
+WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one; else the original's
+    "original": ({}, {}),
+    "original, likeliest": ({}, LIKELIEST),
     "temperature 0.7 and 5 for masks, likeliest": (
         {"temperature": 0.7, "mask_temperature": 5.0},
         LIKELIEST,
@@ -38,7 +38,10 @@ WAYS: dict[str, tuple[dict, dict]] = {  # of the coarse model, of the fine one
     "codebook by codebook, guidance 0.5, likeliest": (BY_CODEBOOK | {"guidance": 0.5}, LIKELIEST),
     "codebook by codebook, top-p 0.9, likeliest": (BY_CODEBOOK | OFF | {"top_p": 0.9}, LIKELIEST),
     "spread, likeliest": ({"order": "spread"}, LIKELIEST),
-    "likeliest, likeliest": (LIKELIEST | {"mask_temperature": 3.0}, LIKELIEST),
+    "likeliest and mask temperature 3, likeliest": (
+        LIKELIEST | {"mask_temperature": 3.0},
+        LIKELIEST,
+    ),
     "top-p 0.7, top-p 0.7": (OFF | {"top_p": 0.7}, OFF | {"top_p": 0.7}),
 }
 
@@ -55,7 +58,9 @@ def main() -> None:
     parser.add_argument(
         "--prefix", type=float, default=0.0, help="keep these first seconds instead of a preset"
     )
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument(
+        "--steps", type=int, default=24, help="of the coarse model, if not codebook by codebook"
+    )
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     a = parser.parse_args()
     if not 0 <= a.prefix < SECONDS - 1:

@@ -19,16 +19,27 @@ SECONDS = 10.0
 """Length of a clip."""
 
 
-def options(doc: str, n_clips: int) -> argparse.ArgumentParser:
-    """Those that every measurement has; `doc` is its docstring."""
+def options(
+    doc: str, n_clips: int, *, model: bool = True, draws: bool = True
+) -> argparse.ArgumentParser:
+    """Those that measurements share.
+
+    Args:
+      doc: the script's docstring.
+      n_clips: default of --clips.
+      model: whether a model is measured.
+      draws: whether anything is drawn at random.
+    """
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", default="tiny", help="name or directory")
+    if model:
+        parser.add_argument("--model", default="tiny", help="name or directory")
     parser.add_argument("--music", type=Path, default=Path("data/music"))
     parser.add_argument("--split", type=Path, default=Path(__file__).parent / "split.json")
     parser.add_argument("--clips", type=int, default=n_clips, help="10 s clips per source")
-    parser.add_argument("--seed", type=int, default=0)
+    if draws:
+        parser.add_argument("--seed", type=int, default=0)
     return parser
 
 

@@ -1,6 +1,8 @@
 """The loop around every training of the codec: rates, averages, log, checkpoints (a module)."""
 
+import hashlib
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +26,14 @@ SAVE_EVERY = 180.0
 def generators(seed: int, step: int, n: int) -> list[np.random.Generator]:
     """Independent ones for what is random in a step, in whatever order threads draw."""
     return [np.random.default_rng(s) for s in np.random.SeedSequence((seed, step)).spawn(n)]
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of weights and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def share(replica: nn.Module, module: nn.Module) -> nn.Module:
@@ -94,6 +104,7 @@ class Run:
         minutes: float,
         learning_rate: float,
         steps: float = math.inf,
+        begun_from: str = "",
     ):
         """Args:
         out: folder of checkpoint.pt and, at the end, codec.safetensors.
@@ -102,7 +113,9 @@ class Run:
         held: validation excerpts [n, 1, samples].
         state: what a checkpoint must hold besides; "model", at least.
         minutes: of training; it ends then or after `steps`, whichever comes first.
+        begun_from: fingerprint of the codec that it starts from, if it does.
         """
+        self.begun_from = begun_from
         self.out, self.dac, self.optimizer, self.held, self.state = out, dac, optimizer, held, state
         self.seconds, self.most_steps, self.learning_rate = 60 * minutes, steps, learning_rate
         self.ema = {k: v.clone() for k, v in dac.state_dict().items()}
@@ -123,10 +136,15 @@ class Run:
         return max(self.step / self.most_steps, self.spent / self.seconds)
 
     def resume(self) -> dict:
-        """Continue from the checkpoint → all that it holds; nothing if there is none."""
+        """Continue from the checkpoint → all that it holds; nothing if there is none.
+
+        Exits if it was begun from another codec.
+        """
         if not self.checkpoint.exists():
             return {}
         state = torch.load(self.checkpoint, weights_only=True)
+        if state.get("begun_from", self.begun_from) != self.begun_from:
+            sys.exit(f"{self.out} holds a training that began from another codec; name a new --out")
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema, self.step, self.spent = state["ema"], state["step"], state["spent"]
         print(f"resumed at step {self.step}, after {self.spent / 60:.1f} minutes", flush=True)
@@ -166,6 +184,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint."""
         state = {"ema": self.ema, "optimizer": self.optimizer.state_dict(), "config": CONFIG}
+        state["begun_from"] = self.begun_from
         with atomic_write(self.checkpoint) as path:
             torch.save(state | {"step": self.step, "spent": self.spent} | self.state(), path)
 

@@ -59,7 +59,7 @@ def measure_stage(
 
 
 def main() -> None:
-    parser = options(__doc__, n_clips=4)
+    parser = options(__doc__, n_clips=4, draws=False)
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation.json"))
     parser.add_argument("--excerpts", type=int, default=96, help="windows for the losses")

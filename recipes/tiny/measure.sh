@@ -9,11 +9,12 @@ mkdir -p "$out"
 trap 'kill 0' INT # a queue in the background ignores Ctrl-C
 rm -f "$out/failed"
 
-# All that figures depend on: weights and how they are sampled, runs, tokens.
+# All that figures depend on: weights and how they are sampled, runs, tokens, what is measured.
 sha256sum vampnet_jax/models/tiny/*.safetensors vampnet_jax/models/tiny/config.json \
-    runs/coarse/config.json runs/fine/config.json data/tokens/manifest.json > "$out/model.new"
+    runs/coarse/config.json runs/fine/config.json data/tokens/manifest.json \
+    recipes/tiny/*.py recipes/tiny/*.yaml recipes/tiny/split.json > "$out/model.new"
 if [ -e "$out/model" ] && ! cmp -s "$out/model" "$out/model.new"; then
-    echo "$out has figures of another model or other tokens; remove it and runs/prompts" >&2
+    echo "$out has figures of another model, other tokens or other scripts; remove it and runs/prompts" >&2
     exit 1
 fi
 mv "$out/model.new" "$out/model"

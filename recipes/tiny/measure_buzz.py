@@ -28,7 +28,7 @@ def likeness(audio: np.ndarray, lag: int) -> float:
 
 
 def main() -> None:
-    parser = options(__doc__, n_clips=2)
+    parser = options(__doc__, n_clips=2, model=False, draws=False)
     parser.add_argument("codecs", nargs="+", help="codec files")
     a = parser.parse_args()
     audio = [clip for _, clip in clips(a.music, a.split, "validation", a.clips)]

@@ -34,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--codec", type=Path, default=Path("runs/tuned/codec.safetensors"))
-    parser.add_argument("--tuned", type=Path, default=Path("runs/decoder/codec.safetensors"))
+    parser.add_argument("--tuned", type=Path, default=Path("runs/decoder-last/codec.safetensors"))
     a = parser.parse_args()
     codec, tuned = codec_bridge.load(a.codec), codec_bridge.load(a.tuned)
     if not makes_the_same_tokens(codec, tuned):

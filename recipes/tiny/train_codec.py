@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from codec_data import Excerpts, validation_excerpts
-from codec_loop import Run, generators, share, trained, update
+from codec_loop import Run, fingerprint, generators, share, trained, update
 from codec_losses import (
     SCALES,
     SEMITONES,
@@ -207,12 +207,14 @@ def main() -> None:
     model = CodecWithProbe(build())
     scale_layers(model.dac, music.draw(np.random.default_rng(0), 96, 16 * HOP, GAINS))
     books = EMACodebooks(model.dac)
+    begun_from = ""
     if a.init:
         state = torch.load(a.init, weights_only=True)
         model.load_state_dict(state["model"])
         model.dac.load_state_dict(state["ema"])
         books.load(state)
         books.centre(model.dac, SPECTRAL)
+        begun_from = fingerprint(state["ema"])
     optimizer = torch.optim.AdamW(trained(model), lr=a.learning_rate, betas=(0.8, 0.99))
     run = Run(
         a.out,
@@ -223,6 +225,7 @@ def main() -> None:
         minutes=a.minutes,
         steps=a.steps,
         learning_rate=a.learning_rate,
+        begun_from=begun_from,
     )
     if state := run.resume():
         model.load_state_dict(state["model"])

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from codec_data import MARGIN, Excerpt, Excerpts, Pairs, jumble, validation_excerpts
-from codec_loop import Run, generators, share, trained, update
+from codec_loop import Run, fingerprint, generators, share, trained, update
 from codec_losses import Losses, swapped_prediction
 from codec_model import (
     CONFIG,
@@ -146,7 +146,8 @@ def main() -> None:
     music = Excerpts(a.music, split["train"])
     held = validation_excerpts(a.music, split)
     model = build()
-    model.load_state_dict(read_codec(a.codec))
+    codec = read_codec(a.codec)
+    model.load_state_dict(codec)
     pairs = Pairs(a.music, a.tokens, a.variations, codebooks(model), frames)
     books = EMACodebooks(model, decay=0.998)
     optimizer = torch.optim.AdamW(trained(model), lr=a.learning_rate, betas=(0.8, 0.99))
@@ -158,6 +159,7 @@ def main() -> None:
         lambda: {"model": model.state_dict()} | books.state(),
         minutes=a.minutes,
         learning_rate=a.learning_rate,
+        begun_from=fingerprint(codec),
     )
     if state := run.resume():
         model.load_state_dict(state["model"])

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from adversary import decoder_losses, discriminator_loss, new_discriminator
 from codec_data import MARGIN, Excerpt, Pairs, jumble, validation_excerpts
-from codec_loop import Run, generators, share, update
+from codec_loop import Run, fingerprint, generators, share, update
 from codec_losses import Losses
 from codec_model import HOP, SAMPLE_RATE, build, codebooks, read_codec
 from torch import nn
@@ -103,7 +103,8 @@ def main() -> None:
     split = json.loads(a.split.read_text())
     held = validation_excerpts(a.music, split)
     model = build()
-    model.load_state_dict(read_codec(a.codec))
+    codec = read_codec(a.codec)
+    model.load_state_dict(codec)
     pairs = Pairs(a.music, a.tokens, a.variations, codebooks(model), a.frames + 2 * MARGIN)
     model.requires_grad_(False)
     decoder = model.decoder.requires_grad_(True)
@@ -123,7 +124,14 @@ def main() -> None:
         return content
 
     run = Run(
-        a.out, model, optimizer, held, state, minutes=a.minutes, learning_rate=a.learning_rate
+        a.out,
+        model,
+        optimizer,
+        held,
+        state,
+        minutes=a.minutes,
+        learning_rate=a.learning_rate,
+        begun_from=fingerprint(codec),
     )
     resumed = run.resume()
     if "discriminator" in resumed and not a.adversarial:

@@ -5,6 +5,7 @@ window. One file per track, uint16 [C, T]. Variants of tracks (`~1`) are left ou
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -38,8 +39,10 @@ def main() -> None:
     model = vampnet.load(a.model)
     if manifest.codec.fingerprint != model.codec.fingerprint:
         sys.exit(f"{a.tokens} was made by another codec than that of {a.model}")
-    made_by = model.fingerprints | {"seed": a.seed, "steps": STEPS}
-    made_by["kept"] = [list(kept) for kept in KEPT]  # as JSON has it
+    coarse = model.coarse_sampling.changed(steps=STEPS)
+    made_by = model.fingerprints | {"seed": a.seed, "kept": KEPT}
+    made_by["sampling"] = [dataclasses.asdict(x) for x in (coarse, model.fine_sampling)]
+    made_by = json.loads(json.dumps(made_by))  # as it is read back
     known = json.loads((a.out / MADE_BY).read_text()) if (a.out / MADE_BY).exists() else None
     if known != made_by and any(a.out.rglob("*.npy")):
         sys.exit(f"{a.out} holds variations made in another way; name another --out")
@@ -63,7 +66,6 @@ def main() -> None:
             prompt = Prompt(periodic=period, width=width, upper_codebooks=shape[1])
             part_key = jax.random.fold_in(mask_key, start)
             parts.append(np.asarray(prompt.mask(shape, part_key, frame_rate=frame_rate)))
-        coarse = model.coarse_sampling.changed(steps=STEPS)
         made = vampnet.vamp(model, tokens, np.concatenate(parts, axis=2), key, coarse)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary, temporary.open("wb") as file:
