@@ -145,11 +145,20 @@ def write(
 
 
 def resample(audio: Audio, rate: int) -> Audio:
-    """Convert to another sampling rate (soxr, high quality); n becomes about n · rate / old."""
+    """Convert to another sampling rate (soxr, high quality); n becomes about n · rate / old.
+
+    Raises:
+      InputError: no such rate, or more than MAX_VALUES samples would come of it.
+    """
     if not MIN_RATE <= rate <= MAX_RATE:
         raise InputError(f"the rate {rate} Hz is not between {MIN_RATE} and {MAX_RATE} Hz")
     if rate == audio.rate:
         return audio
+    if audio.seconds * rate * audio.channels > MAX_VALUES:
+        raise InputError(
+            f"the audio lasts {audio.seconds:.0f} seconds, too long at {rate} Hz for memory; cut "
+            f"it to {MAX_VALUES // (rate * audio.channels)} seconds"
+        )
     import soxr
 
     converted = soxr.resample(audio.samples.T, audio.rate, rate)

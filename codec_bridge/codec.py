@@ -314,11 +314,11 @@ def _check_tokens(
 
 
 def _to_torch(array: np.ndarray | jax.Array) -> "torch.Tensor":
-    """The same memory as a tensor on the CPU; copied only if JAX holds it elsewhere."""
+    """The same memory as a tensor on the CPU; copied only if it is elsewhere or read-only."""
     import torch
 
     if not (isinstance(array, jax.Array) and _on_one_cpu(array)):
-        array = np.ascontiguousarray(array)
+        array = np.require(array, requirements=["C", "W"])  # NumPy 2.0 shares no read-only memory
     return torch.from_dlpack(array)
 
 

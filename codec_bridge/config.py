@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,14 +80,18 @@ _MAX_RATES = 10
 
 def _checked_size(name: str, value: Any) -> int | tuple[int, ...]:
     several = name.endswith("_rates")
-    if name == "codebook_dim" and isinstance(value, list | tuple) and len(set(value)) == 1:
-        value = value[0]  # descript-audio-codec takes one width or a list of them
+    if name == "codebook_dim" and isinstance(value, list | tuple) and value:
+        first, *others = value
+        value = (
+            first if all(type(x) is int and x == first for x in others) else value
+        )  # descript-audio-codec takes one width or a list of them
     sizes = list(value) if several and isinstance(value, list | tuple) else [value]
     well_formed = isinstance(value, list | tuple) and len(sizes) <= _MAX_RATES if several else True
     whole = all(isinstance(s, int) and not isinstance(s, bool) for s in sizes)
     if not (well_formed and whole and sizes and all(0 < s <= _LIMITS[name] for s in sizes)):
         form = f"a list of 1 to {_MAX_RATES} integers" if several else "an integer"
         raise InputError(
-            f"the codec's {name} is {str(value)[:80]}; it must be {form} from 1 to {_LIMITS[name]}"
+            f"the codec's {name} is {reprlib.repr(value)}; it must be {form} from 1 to "
+            f"{_LIMITS[name]}"
         )
     return tuple(sizes) if several else sizes[0]

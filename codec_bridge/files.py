@@ -143,7 +143,7 @@ def _read_safetensors(path: Path) -> tuple[str, CodecConfig, dict[str, np.ndarra
         if not isinstance(kwargs, dict):
             raise InputError("the codec's configuration is not a JSON object")
         config = CodecConfig.from_kwargs(kwargs)
-    except (InputError, json.JSONDecodeError, RecursionError) as error:
+    except (InputError, ValueError, RecursionError) as error:  # an endless integer, too
         raise InputError(f"{path}: {error}") from error
     return metadata["kind"], config, tensors
 

@@ -185,6 +185,14 @@ def test_resampling_keeps_pitch_level_and_duration(old, new):
     assert abs(np.std(converted.samples) / np.std(signal.samples) - 1) < 0.01
 
 
+def test_audio_that_would_fill_the_memory_is_not_resampled(monkeypatch):
+    monkeypatch.setattr(audio, "MAX_VALUES", 48_000)
+    slow = audio.Audio(np.zeros((2, 4000), np.float32), 1000)
+    with pytest.raises(InputError, match="lasts 4 seconds, too long at 24000 Hz"):
+        audio.resample(slow, 24_000)
+    assert audio.resample(slow, 6000).samples.shape == (2, 24_000)
+
+
 def test_resampling_to_an_absurd_rate_is_refused():
     with pytest.raises(InputError, match="0 Hz"):
         audio.resample(tone(), 0)

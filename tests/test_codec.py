@@ -168,6 +168,8 @@ def test_arrays_pass_between_torch_and_jax_without_copies():
     assert _to_torch(array).data_ptr() == tensor.data_ptr()
     samples = np.ones((2, 100), np.float32)
     assert _to_torch(samples).data_ptr() == samples.ctypes.data
+    samples.flags.writeable = False  # NumPy 2.0 would not export it
+    assert _to_torch(samples).data_ptr() != samples.ctypes.data
 
 
 def test_cudnn_stays_on_and_computes_in_full_float32(small_codec):

@@ -86,3 +86,28 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(model, clip, argv, pro
     assert problem in error
     assert error.count("\n") == 1
     assert [p.name for p in clip.parent.iterdir()] == ["clip.wav"]
+
+
+@pytest.mark.parametrize(
+    "command", [("compress", "clip.wav", "a.vnt"), ("decompress", "a.vnt", "a.npz"),
+                ("evaluate", "music", "-o", "out")],
+)  # fmt: skip
+def test_device_cpu_is_the_codecs_too(model, clip, tmp_path, monkeypatch, command):
+    from codec_bridge.errors import InputError
+    from vampnet_jax.compression.compressor import Compressor
+
+    devices = []
+
+    def load(name, *, codec_device="auto"):
+        devices.append(codec_device)
+        raise InputError("enough seen.")
+
+    monkeypatch.setattr(Compressor, "load", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "music").mkdir()
+    if command[0] == "decompress":
+        (tmp_path / "a.vnt").write_bytes(b"VNT")
+    for words in ((), ("--device", "cpu")):
+        assert status(*command, "--model", model, *words) == 2
+    assert devices == ["auto", "cpu"]
+    assert vampnet.load(model, codec_device="cpu").codec.device == "cpu"

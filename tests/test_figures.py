@@ -97,6 +97,10 @@ def test_a_picture_of_music_from_nothing_has_no_empty_mask(tmp_path):
     assert heights[0] < heights[1]
 
 
+def test_a_title_is_not_read_as_a_formula(tmp_path):
+    draw(tmp_path / "p.png", title="cost $_$ and $5, variation 1")
+
+
 def test_matplotlib_is_imported_only_to_draw():
     import subprocess
     import sys

@@ -246,8 +246,12 @@ def test_rhythm_comes_from_the_clip_or_from_its_decoded_tokens(model):
     kept = np.flatnonzero(~made.mask[0, 0]) * HOP / RATE
     assert made.unheard == ()
     assert all(np.abs(kept - time).min() < 0.05 for time in (0.5, 1.0, 1.5))
+    decoded = np.asarray(model.codec.decode(clip.tokens))[:, : clip.n_samples]
     no_audio = dataclasses.replace(clip, audio=None)
-    assert generate(model, no_audio, Prompt(onset=2)).mask.shape == made.mask.shape
+    from_tokens = generate(model, no_audio, Prompt(onset=2))
+    heard = dataclasses.replace(clip, audio=Audio(decoded, RATE))
+    np.testing.assert_array_equal(from_tokens.mask, generate(model, heard, Prompt(onset=2)).mask)
+    assert not from_tokens.mask.all()
     silent = pipeline.encode(model, Audio(0 * clicks[:, :2560], RATE))
     assert generate(model, silent, Prompt(onset=2, beat=0.1)).unheard == ("onsets", "beats")
 
@@ -287,5 +291,27 @@ def test_edits_that_make_no_sense_are_refused(options):
 
 
 def test_long_audio_is_vamped_in_windows(model):
-    out = vamp(model, music(3.2), prompt=Prompt(periodic=7))
-    assert out.shape == (1, 1, 25_600)
+    """Of 40 and 20 frames; so what lies 80 frames away does not matter."""
+    clip = clip_of(400)
+    prompt = Prompt(periodic=7, offset=0)
+    made = generate(model, clip, prompt)
+    assert made.tokens.shape == (1, 1, CODEBOOKS, 400)
+    changed = np.where(np.arange(400) >= 200, 5, clip.tokens)
+    other = generate(model, dataclasses.replace(clip, tokens=changed), prompt)
+    np.testing.assert_array_equal(made.tokens[..., :120], other.tokens[..., :120])
+    assert (made.tokens[..., 200:] != other.tokens[..., 200:]).any()
+
+
+def test_what_later_passes_replace_is_not_kept(model):
+    """So the loudness of the input is restored, though every pass keeps a passage."""
+    prompt = Prompt(periodic=60, width=51, offset=0, upper_codebooks=CODEBOOKS)
+    clip = pipeline.encode(model, Audio(music(2.0), RATE))
+    once, thrice = (generate(model, clip, prompt, edit=Edit(feedback=n)) for n in (0, 3))
+    np.testing.assert_array_equal(once.mask, thrice.mask)
+    np.testing.assert_array_equal(once.mask, once.replaced)
+    assert pipeline.longest_run(~once.replaced[0].any(axis=0)) / RATE * HOP >= pipeline.PASSAGE
+    assert pipeline.longest_run(~thrice.replaced[0].any(axis=0)) / RATE * HOP < pipeline.PASSAGE
+    sound = pipeline.decode(model, thrice, 0)
+    assert loudness(sound) == pytest.approx(clip.loudness - clip.gain_db, abs=0.1)
+    kept_level = pipeline.decode(model, once, 0)
+    assert abs(loudness(kept_level) - (clip.loudness - clip.gain_db)) > 0.5

@@ -15,6 +15,7 @@ from small_models import random_model
 import vampnet_jax as vampnet
 from codec_bridge.errors import InputError
 from vampnet_jax import lora, release
+from vampnet_jax.compression.frequencies import save_frequencies
 from vampnet_jax.prompts import PRESETS, Prompt
 from vampnet_jax.sampling import SamplingOptions
 
@@ -191,6 +192,45 @@ def test_an_empty_directory_is_filled_and_a_foreign_one_left_alone(model, tmp_pa
     assert (tmp_path / "songs" / "mine.wav").exists()
 
 
+@pytest.mark.parametrize("inside", ["checkpoints/", "log.jsonl"])
+def test_a_folder_that_only_looks_like_a_model_is_left_alone(model, tmp_path, inside):
+    """A training run has a config.json too."""
+    vampnet.save(model, tmp_path / "run")
+    if inside.endswith("/"):
+        (tmp_path / "run" / inside).mkdir()
+    else:
+        (tmp_path / "run" / inside).touch()
+        (tmp_path / "run" / "coarse.safetensors").unlink()
+    with pytest.raises(InputError, match="is no model directory"):
+        vampnet.save(model, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / inside).exists()
+
+
+def test_what_lies_beside_a_model_stays_when_it_is_replaced_or_goes_along(model, saved, tmp_path):
+    frequencies = np.ones((8, 64))
+    save_frequencies(saved, frequencies, model.codec.fingerprint)
+    (saved / "COPYING").write_text("a licence")
+    table = (saved / "frequencies.safetensors").read_bytes()
+    vampnet.save(model, saved, overwrite=True)
+    vampnet.save(model, tmp_path / "other", companions=saved)
+    for folder in (saved, tmp_path / "other"):
+        assert (folder / "COPYING").read_text() == "a licence"
+        assert (folder / "frequencies.safetensors").read_bytes() == table
+    config = lora.LoraConfig(rank=2, targets=("key",))
+    adapted = {"coarse": (lora.init(jax.random.key(0), model.coarse.config, config), config)}
+    vampnet.save(model, saved, overwrite=True, adapters=adapted)
+    assert (saved / "coarse.lora.safetensors").exists()
+    other = random_model(random_codec(seed=5))
+    vampnet.save(other, saved, overwrite=True)  # the counts are of another codec's tokens
+    assert {path.name for path in saved.iterdir()} == {*release.FILES, "MODEL_CARD.md", "COPYING"}
+
+
+def test_a_description_that_is_nested_without_end_is_refused(saved):
+    (saved / "config.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match="nested too deeply"):
+        vampnet.load(saved)
+
+
 def test_a_save_that_fails_leaves_what_was_there(model, saved, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
@@ -245,6 +285,10 @@ def change(saved, path, value):
         (["format_version"], 99, "format 99"),
         (["name"], 7, "name is not a string"),
         (["coarse", "window"], 0, "window"),
+        (["coarse", "window"], 10**12, "window"),
+        (["coarse", "config", "embedding_dim"], 10**15, "embedding_dim"),
+        (["coarse", "sampling", "steps"], "24", "steps is '24'"),
+        (["coarse", "sampling", "temperature"], None, "temperature is None"),
         (["coarse", "window"], "long", "window"),
         (["coarse", "config", "n_layers"], 2, "does not fit its config.json"),
         (["coarse", "config", "n_layers"], -1, "at least 1"),

@@ -549,10 +549,18 @@ def test_a_record_whose_options_mean_something_else_now_is_refused(
     refused(result, "understands its options otherwise (prompt)", Path("again"))
 
 
-def test_device(sample, folder, without_pictures):
+def test_device(sample, folder, without_pictures, monkeypatch):
+    codecs = []
+
+    def watched(model, *args, **options):
+        codecs.append(model.codec.device)
+        return vamp(model, *args, **options)
+
+    monkeypatch.setattr(pipeline, "vamp", watched)
     assert sample(folder / "clip.wav", "--device", "cpu")[0] == 0
     record = json.loads(Path("vamped/clip_1.json").read_text())
     assert record["environment"]["device"] == "cpu"
+    assert codecs == ["cpu"]
     if jax.default_backend() == "cpu":
         for device in ("gpu", "tpu"):
             result = sample(folder / "clip.wav", "--device", device, "-o", "none")
@@ -760,3 +768,50 @@ def test_silence_works(sample):
 def test_stereo_keeps_two_channels(sample, folder, without_pictures):
     assert sample(folder / "wide.wav", "--stereo", "--periodic", "2")[0] == 0
     assert soundfile.read("vamped/wide_1.wav")[0].shape == (5120, 2)
+
+
+def test_kept_codebooks_are_all_kept_beside_a_period():
+    """Though a period alone generates all codebooks from the fourth on."""
+    assert Prompt(periodic=7).first_generated_codebook == 4
+    assert Prompt(periodic=7, keep_codebooks=6).first_generated_codebook == 6
+    mask = Prompt(periodic=7, keep_codebooks=6).mask((8, 30), jax.random.key(0), frame_rate=125)
+    assert not mask[:6].any()
+    assert mask[6:].all()
+
+
+def test_options_that_would_do_nothing_are_refused(sample, folder, without_pictures):
+    np.save("mask.npy", np.ones(80, bool))
+    clip = folder / "clip.wav"
+    words = "--dropout generates some of the frames that are kept"
+    refused(sample(clip, "--mask", "mask.npy", "--dropout", "0.9"), words)
+    refused(sample(clip, "--region", "0.1:0.2", "--dropout", "0.9"), words)
+    assert sample(clip, "--preset", "large-variation", "--periodic", "0")[0] == 0
+    assert sample(clip, "--tokens", "-o", "tokens")[0] == 0
+    refused(
+        sample("tokens/clip_1.npz", "--stereo", "-o", "out"), "--stereo needs audio", Path("out")
+    )
+
+
+def test_a_clip_that_is_too_short_is_named(sample, folder):
+    clips = (folder / "clip.wav", folder / "brief.wav")
+    refused(sample(*clips, "--prefix", "0.5"), f"{folder}/brief.wav: --prefix is 0.5 s")
+
+
+def test_a_prompt_that_keeps_everything_is_noted(sample, folder, without_pictures):
+    code, out, _ = sample(folder / "brief.wav", "--prefix", "0.2", "--suffix", "0.2")
+    assert code == 0
+    assert "nothing is new but the codec" in out
+
+
+def test_masks_fit_the_frames_of_a_token_file(sample, folder, without_pictures):
+    """Of which a stretched one has more than its length in samples needs."""
+    audio, rate = soundfile.read(folder / "brief.wav")
+    soundfile.write("odd.wav", audio[:1300], rate)  # 20 frames of 64 samples and a part
+    assert sample("odd.wav", "--stretch", "3", "--tokens", "-o", "tokens")[0] == 0
+    clip = tokens.read(Path("tokens/odd_1.npz"))
+    assert clip.tokens.shape[-1] == 63 > -(-clip.n_samples // 64)
+    np.save("mask.npy", np.ones(63, bool))
+    assert sample("tokens/odd_1.npz", "--mask", "mask.npy", "-o", "out")[0] == 0
+    np.save("mask.npy", np.ones(61, bool))
+    result = sample("tokens/odd_1.npz", "--mask", "mask.npy", "-o", "again")
+    refused(result, "needs (8, 63)", Path("again"))

@@ -239,6 +239,9 @@ def test_works_under_jit_and_vmap():
         {"sample_cutoff": -1}, {"typical_min_tokens": 0}, {"steps": 2.5}, {"top_k": float("inf")},
         {"order": "left"}, {"codebook_steps": (4, 0)}, {"codebook_steps": 5},
         {"codebook_steps": ()}, {"entropy_bound": -1.0}, {"guidance": -1},
+        {"steps": "24"}, {"steps": None}, {"steps": True}, {"temperature": None},
+        {"temperature": "0.8"}, {"top_p": np.float32(3)}, {"steps": np.int64(0)},
+        {"sample_cutoff": [1.0]}, {"codebook_steps": (4.0, 1)},
         {"entropy_bound": 1.0, "order": "spread"}, {"entropy_bound": 1.0, "codebook_steps": (1, 1)},
     ],
     ids=str,
@@ -246,6 +249,15 @@ def test_works_under_jit_and_vmap():
 def test_options_that_make_no_sense_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         SamplingOptions(**wrong)
+
+
+def test_numbers_of_numpy_and_arrays_are_options_too():
+    options = SamplingOptions(
+        steps=np.int64(3), top_p=np.float32(0.5), codebook_steps=(np.int32(2), 1),
+        temperature=jnp.float32(0.5),
+    )  # fmt: skip
+    assert options.total_steps == 3
+    assert jax.tree.map(lambda x: x, options) == options
 
 
 def test_steps_for_all_replace_steps_by_codebook():

@@ -129,6 +129,19 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path):
         tokens.read(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_only_what_numpy_writes_is_unpacked(tmp_path, method):
+    """A flipped bit in such an entry raises what no reader of .npz expects."""
+    np.savez(tmp_path / "plain.npz", **fields())
+    with zipfile.ZipFile(tmp_path / "plain.npz") as plain:
+        entries = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    with pytest.raises(InputError, match="not a token file"):
+        tokens.read(tmp_path / "a.npz")
+
+
 def test_tokens_of_another_codec_are_refused():
     with pytest.raises(InputError, match="another codec"):
         CLIP.check("a.npz", types.SimpleNamespace(**vars(CODEC) | {"fingerprint": "cd" * 32}), 3)
@@ -174,3 +187,12 @@ def test_mask_files_that_are_none(tmp_path):
     (tmp_path / "text.npy").write_text("0 1 0 1")
     with pytest.raises(InputError, match=r"not a \.npy"):
         tokens.read_mask(tmp_path / "text.npy", 3, 10)
+
+
+@pytest.mark.parametrize("shape", ["-" * 9000 + "1,", f"{10**26},", f"{10**12},"])
+def test_headers_of_masks_are_not_believed(tmp_path, shape):
+    text = f"{{'descr': '|b1', 'fortran_order': False, 'shape': ({shape}), }}".encode()
+    header = b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text
+    (tmp_path / "m.npy").write_bytes(header + bytes(30))
+    with pytest.raises(InputError, match=r"not a \.npy"):
+        tokens.read_mask(tmp_path / "m.npy", 3, 10)

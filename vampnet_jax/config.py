@@ -9,6 +9,10 @@ Remat = Literal["none", "attention", "dots", "full"]
 Dtype = Literal["float32", "bfloat16", "bfloat16-products"]
 
 
+MAX_SIZE = 2**20
+"""Of any dimension; far above all in use, so that a damaged file cannot ask for the absurd."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides a model's parameters and its program; hashable, so static under jit.
@@ -60,6 +64,8 @@ class ModelConfig:
                     f"{name} is {value!r}; it must be a whole number of at least "
                     f"{int(name in positive)}."
                 )
+            if value > MAX_SIZE:
+                raise InputError(f"{name} is {value}; it must be at most {MAX_SIZE}.")
         if self.n_conditioning_codebooks >= self.n_codebooks:
             raise InputError(
                 f"n_conditioning_codebooks is {self.n_conditioning_codebooks}; it must be from 0 "

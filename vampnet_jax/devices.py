@@ -40,6 +40,11 @@ def select(device: Device) -> list[jax.Device]:
     return found
 
 
+def of_codec(device: Device) -> str:
+    """Where the codec computes then: "cpu" keeps it off the GPU, too."""
+    return "cpu" if device == "cpu" else "auto"
+
+
 def keep_compiled_programs() -> None:
     """Let JAX keep what it compiles in the user's cache folder, so that later runs start fast.
 

@@ -102,7 +102,7 @@ def draw_variation(
             _draw_spectrogram(axis, panel, decibels - top, seconds, sample_rate)
     ends = [seconds for _, seconds in spectrograms.values()]
     axes[0].set_xlim(0, max([tokens.shape[1] / frame_rate, *ends]))
-    axes[0].set_title(title, loc="left", fontsize=11)
+    axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)  # a name may hold $
     axes[-1].set_xlabel("seconds")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")

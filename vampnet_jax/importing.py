@@ -131,7 +131,10 @@ def merge_lora(
             for stage, pair in adapters.items()
         }
         whole, adapters = dataclasses.replace(whole, **merged), {}
-    release.save(whole, directory, dtype=dtype, overwrite=overwrite, adapters=adapters)
+    release.save(
+        whole, directory, dtype=dtype, overwrite=overwrite, adapters=adapters,
+        companions=release.resolve(model),
+    )  # fmt: skip
 
 
 def _read(

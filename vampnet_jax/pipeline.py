@@ -93,6 +93,8 @@ class Variations:
     """int32 `[channels, C, T]`: the tokens that the first pass started from."""
     mask: np.ndarray
     """bool `[N, C, T]`: what the first pass generated."""
+    replaced: np.ndarray
+    """bool `[N, C, T]`: what any pass generated."""
     n_samples: int
     """Length of the audio at the codec's rate."""
     gain_db: float
@@ -251,6 +253,7 @@ def generate(
         tokens=np.asarray(tokens).reshape(n_variations, *start.shape),
         prompts=start,
         mask=np.asarray(masks_of_passes[0]),
+        replaced=np.logical_or.reduce([np.asarray(mask) for mask in masks_of_passes]),
         n_samples=clip.n_samples * edit.stretch + round(edit.extend * codec.sample_rate),
         gain_db=clip.gain_db,
         loudness=clip.loudness,
@@ -269,7 +272,7 @@ def decode(
     samples = model.codec.decode(made.tokens[index], progress=_stage(on_progress, "decode"))
     audio = Audio(np.asarray(samples)[:, : made.n_samples], model.codec.sample_rate)
     change = 0.0
-    if longest_run(~made.mask[index].any(axis=0)) / model.codec.frame_rate < PASSAGE:
+    if longest_run(~made.replaced[index].any(axis=0)) / model.codec.frame_rate < PASSAGE:
         change = made.loudness - signal.loudness(audio)
     gain_db = (change if math.isfinite(change) else 0.0) - made.gain_db
     return signal.apply_gain(audio, gain_db)[0]

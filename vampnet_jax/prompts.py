@@ -65,8 +65,9 @@ class Prompt:
     keep_codebooks: int = 0
     """Keep all of the first n codebooks."""
     upper_codebooks: int | None = None
-    """Generate all of the codebooks from this one on. None: 4 (as in the original's presets) with a
-    period above 1, random, onset or beat; otherwise kept time is kept in all codebooks."""
+    """Generate all of the codebooks from this one on. None: 4 (as in the original's presets), or
+    keep_codebooks if that is more, with a period above 1, random, onset or beat; otherwise kept
+    time is kept in all codebooks."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -101,7 +102,15 @@ class Prompt:
     def first_generated_codebook(self) -> int | None:
         """`upper_codebooks`, or what stands for it if that was left out."""
         sparse = self.periodic > 1 or self.onset or self.follows_beats or self.random < 1
-        return UPPER_CODEBOOKS if self.upper_codebooks is None and sparse else self.upper_codebooks
+        if self.upper_codebooks is None and sparse:
+            return max(UPPER_CODEBOOKS, self.keep_codebooks)
+        return self.upper_codebooks
+
+    @property
+    def keeps_frames(self) -> bool:
+        """Whether it keeps any tokens by their time, if the clip has onsets and beats."""
+        spans = self.prefix or self.suffix or self.onset or self.follows_beats
+        return bool(self.periodic or spans or self.random < 1)
 
     @property
     def follows_beats(self) -> bool:

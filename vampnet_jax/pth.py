@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -296,7 +297,7 @@ def _numpy(tensor: "torch.Tensor", key: str) -> np.ndarray:
 
 def _shown(value: object) -> str:
     """What a file says, fit for a message."""
-    text = " ".join(str(value).split())
+    text = " ".join(reprlib.repr(value).split())  # a nested value can be huge as a whole
     return "".join(c if c.isprintable() else "?" for c in text[:80])
 
 

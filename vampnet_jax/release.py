@@ -38,6 +38,8 @@ MODELS_IN_THE_BOX = Path(__file__).parent / "models"
 CARD = "MODEL_CARD.md"
 FILES = ("config.json", "coarse.safetensors", "fine.safetensors", "codec.safetensors")
 """What a model directory must have; a card is welcome."""
+MAX_WINDOW = 2**16
+"""Frames."""
 
 
 class Stage(NamedTuple):
@@ -119,19 +121,20 @@ def available_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS_IN_THE_BOX.glob("*/config.json"))
 
 
-def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
+def load(name_or_directory: str | os.PathLike = "tiny", *, codec_device: str = "auto") -> Model:
     """Load a model by name or from its directory.
 
     Args:
       name_or_directory: a name of `available_models()`, "official" (after `vampnet download
         official`), or a directory that `save` wrote.
+      codec_device: as of `codec_bridge.load`.
 
     Raises:
       InputError: there is no such model, or a file of it is missing, damaged or of another model.
     """
     directory = resolve(name_or_directory)
     description = read_description(directory)
-    codec = load_codec(directory)
+    codec = load_codec(directory, device=codec_device)
     if codec.fingerprint != description["codec"]["fingerprint"]:
         raise InputError(f"the codec in {directory} is not the one that its models speak.")
     try:
@@ -157,9 +160,12 @@ def load(name_or_directory: str | os.PathLike = "tiny") -> Model:
     return model
 
 
-def load_codec(name_or_directory: str | os.PathLike = "tiny") -> codec_bridge.Codec:
-    """The codec of a model alone."""
-    return codec_bridge.load(_existing(resolve(name_or_directory), "codec.safetensors"))
+def load_codec(
+    name_or_directory: str | os.PathLike = "tiny", *, device: str = "auto"
+) -> codec_bridge.Codec:
+    """The codec of a model alone; device as of `codec_bridge.load`."""
+    path = _existing(resolve(name_or_directory), "codec.safetensors")
+    return codec_bridge.load(path, device=device)
 
 
 def find_codec(name_or_path: str | os.PathLike) -> codec_bridge.Codec:
@@ -198,14 +204,19 @@ def save(
     dtype: Literal["float32", "bfloat16"] = "float32",
     overwrite: bool = False,
     adapters: Mapping[str, tuple[lora.Adapters, lora.LoraConfig]] | None = None,
+    companions: str | os.PathLike | None = None,
 ) -> None:
     """Write a model directory; it appears whole or not at all.
+
+    What lies beside a model in a directory, such as licences and the table of token frequencies,
+    stays when the model is replaced (the table unless the codec is another).
 
     Args:
       dtype: bfloat16 halves the files and rounds the parameters.
       overwrite: replace an existing model directory (an empty directory is always filled).
       adapters: LoRA adapters of the stages "coarse" and "fine" that are not merged into the
         model's parameters; they are kept in files of their own and merged when it is loaded.
+      companions: a model directory from which such files are copied.
 
     Raises:
       InputError: the directory exists and overwrite is False, or cannot be written.
@@ -219,7 +230,10 @@ def save(
         staging.chmod(0o755)
         if model.name == "unnamed":
             model = dataclasses.replace(model, name=directory.name)
-        _write(model, staging, dtype, adapters or {})
+        codec_fingerprint = _write(model, staging, dtype, adapters or {})
+        for old in (directory, companions):
+            if old is not None and Path(old).is_dir():
+                _copy_companions(Path(old), staging, codec_fingerprint)
         if directory.exists():
             replaced = staging.with_name(f"{staging.name}.replaced")
             directory.rename(replaced)  # out of the way: a rename cannot replace a full directory
@@ -240,9 +254,35 @@ def check_free(directory: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"{directory} exists; choose another name or overwrite it.")
-    if not (directory / "config.json").is_file():
+    if not _holds_a_model_alone(directory):
         # Whatever it is, it is not ours to delete.
         raise InputError(f"{directory} exists and is no model directory; choose another name.")
+
+
+def _holds_a_model_alone(directory: Path) -> bool:
+    """Whether there is nothing in it that replacing a model must not delete."""
+    inside = list(directory.iterdir()) if directory.is_dir() else []
+    return {path.name for path in inside} >= set(FILES) and not any(p.is_dir() for p in inside)
+
+
+def _copy_companions(old: Path, new: Path, codec_fingerprint: str) -> None:
+    """Licences, examples and what else lies beside a model; token frequencies if of this codec."""
+    for path in old.iterdir():
+        if not path.is_file() or (new / path.name).exists():
+            continue
+        if path.suffix == ".safetensors" and _metadata(path).get("codec") != codec_fingerprint:
+            continue
+        shutil.copy2(path, new / path.name)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _write(
@@ -250,7 +290,8 @@ def _write(
     directory: Path,
     dtype: Literal["float32", "bfloat16"],
     adapters: Mapping[str, tuple[lora.Adapters, lora.LoraConfig]],
-) -> None:
+) -> str:
+    """Write its files; returns the codec's fingerprint, rounded as it is written."""
     codec_bridge.save(model.codec, directory / "codec.safetensors", dtype=dtype)
     # Rounding changes the codec, and so its fingerprint.
     codec = codec_bridge.load(directory / "codec.safetensors")
@@ -282,6 +323,7 @@ def _write(
     }
     (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (directory / CARD).write_text(model.card, encoding="utf-8")
+    return codec.fingerprint
 
 
 def _save_stage(stage: Stage, path: Path, dtype: str) -> None:
@@ -316,12 +358,9 @@ def params_fingerprint(params: network.Params) -> str:
 
 def _said_fingerprint(directory: Path, name: str, description: dict[str, Any]) -> str | None:
     """That of a stage, if its file says it and nothing is merged into what the file holds."""
-    from safetensors import safe_open
-
     if description[name].get("lora", False):
         return None
-    with safe_open(directory / f"{name}.safetensors", framework="numpy") as file:
-        return (file.metadata() or {}).get("fingerprint")
+    return _metadata(directory / f"{name}.safetensors").get("fingerprint")
 
 
 def load_adapters(
@@ -409,12 +448,14 @@ def read_description(directory: Path) -> dict[str, Any]:
         for name in ("coarse", "fine"):
             ModelConfig(**description[name]["config"])
             window = description[name]["window"]
-            if not isinstance(window, int) or window < 1:
+            if type(window) is not int or not 1 <= window <= MAX_WINDOW:
                 raise TypeError(f"{name}.window is {window!r}")
             sampling_defaults(description, name)
         presets(description)
     except KeyError as error:
         raise InputError(f"{path} does not describe a model (it has no {error}).") from None
+    except RecursionError:
+        raise InputError(f"{path} does not describe a model (it is nested too deeply).") from None
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).rstrip(".")
         raise InputError(f"{path} does not describe a model ({reason}).") from None

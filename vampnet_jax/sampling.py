@@ -8,6 +8,7 @@ the others are traced, so changing them never recompiles. Ways that need fewer s
 
 import dataclasses
 import functools
+import numbers
 from typing import Any, Literal
 
 import jax
@@ -20,9 +21,29 @@ from vampnet_jax import model, unmasking
 from vampnet_jax.config import ModelConfig
 from vampnet_jax.drawing import Drawn, draw
 from vampnet_jax.filters import filter_logits
+from vampnet_jax.keys import example_keys
 
 SEGMENTS = 3
 """See `decode`; measured by `benchmarks/one_by_one.py`."""
+
+_COUNT = (numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
+_AMOUNT = (numbers.Real, "a number of at least 0", lambda x: 0 <= x < np.inf)
+_SHARE = (numbers.Real, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+_TEMPERATURE = (
+    numbers.Real,
+    "above 0 (for the likeliest token at every step set sample_cutoff to 0)",
+    lambda x: 0 < x < np.inf,
+)
+_FORMS = (
+    ("steps", *_COUNT), ("top_k", *_COUNT), ("typical_min_tokens", *_COUNT),
+    ("mask_temperature", *_AMOUNT), ("entropy_bound", *_AMOUNT), ("guidance", *_AMOUNT),
+    ("sample_cutoff", *_SHARE), ("top_p", *_SHARE), ("typical_mass", *_SHARE),
+    ("temperature", *_TEMPERATURE),
+)  # fmt: skip
+"""Of every number in `SamplingOptions`: its type, what it must be, and whether it is that."""
+_CAN_BE_OFF = ("top_k", "top_p", "typical_mass", "entropy_bound", "guidance")
+_CHECKED = (numbers.Number, str, list, tuple, dict, type(None))
+"""What is checked; anything else stands for an array."""
 
 
 @functools.partial(
@@ -74,30 +95,19 @@ class SamplingOptions:
     much. So it acts where some are known: kept ones, or those settled before."""
 
     def __post_init__(self) -> None:
-        # Under jit the fields are tracers, which have no values to check.
-        for name in ("steps", "top_k", "typical_min_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not (isinstance(value, int) and value >= 1):
-                raise InputError(f"{name} is {value}; it must be a whole number of at least 1.")
-        for name in ("mask_temperature", "entropy_bound", "guidance"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 0 <= value < np.inf:
-                raise InputError(f"{name} is {value}; it must be a number of at least 0.")
-        for name in ("sample_cutoff", "top_p", "typical_mass"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 0 <= value <= 1:
-                raise InputError(f"{name} is {value}; it must be a number from 0 to 1.")
-        if isinstance(self.temperature, int | float) and not 0 < self.temperature < np.inf:
-            raise InputError(
-                f"temperature is {self.temperature}; it must be above 0 (for the likeliest token "
-                "at every step set sample_cutoff to 0)."
-            )
+        for field, sort, form, fits in _FORMS:
+            value = getattr(self, field)
+            off = value is None and field in _CAN_BE_OFF
+            if off or not isinstance(value, _CHECKED):
+                continue  # under jit the fields are tracers, which have no values to check
+            if isinstance(value, bool) or not isinstance(value, sort) or not fits(value):
+                raise InputError(f"{field} is {value!r}; it must be {form}.")
         if self.order not in ("confidence", "spread"):
             raise InputError(f"order is {self.order!r}; it must be confidence or spread.")
         if self.codebook_steps is not None:
             given = self.codebook_steps
             sequence = isinstance(given, list | tuple) and len(given) > 0
-            if not sequence or not all(isinstance(n, int) and n >= 1 for n in given):
+            if not sequence or not all(isinstance(n, numbers.Integral) and n >= 1 for n in given):
                 raise InputError(
                     f"codebook_steps is {given}; it must be whole numbers of at least 1, one for "
                     "each codebook."
@@ -182,17 +192,6 @@ def generate(
     keys = example_keys(key, tokens.shape[0])
     n_frames = jnp.asarray(tokens.shape[2] if n_frames is None else n_frames, jnp.int32)
     return _generate(params, tokens, mask, keys, n_frames, config, traced(options))
-
-
-def example_keys(key: jax.Array, n_examples: int) -> jax.Array:
-    """One typed key per example, from one key or from as many keys; legacy keys are taken too."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(n_examples))
-    if key.shape != (n_examples,):
-        raise ValueError(f"there are {key.shape} keys for {n_examples} examples")
-    return key
 
 
 def traced(options: SamplingOptions) -> SamplingOptions:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from codec_bridge.codec import Codec
-from vampnet_jax.sampling import SamplingOptions, example_keys
+from vampnet_jax.keys import example_keys
+from vampnet_jax.sampling import SamplingOptions
 from vampnet_jax.vamping import fill, fold_keys, independent, window_starts
 
 if TYPE_CHECKING:

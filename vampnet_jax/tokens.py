@@ -21,6 +21,8 @@ from codec_bridge.errors import InputError
 FORMAT_VERSION = 1
 MAX_BYTES = 256 * 2**20
 """Largest array that is read: 256 MiB are 20 hours of 16 codebooks."""
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those that numpy.savez and savez_compressed use."""
 MAX_CHANNELS = 64
 MAX_CODEBOOKS = 256
 MAX_GAIN_DB = 200.0
@@ -150,7 +152,7 @@ def read_mask(path: str | os.PathLike[str], n_codebooks: int, n_frames: int) -> 
         mask = np.load(path, allow_pickle=False, mmap_mode="r")
     except FileNotFoundError as error:
         raise InputError(f"there is no mask {path}.") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
         raise InputError(f"{path} is not a .npy file of numbers.") from error
     if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biu":
         raise InputError(f"{path} must hold one array of booleans or of integers 0 and 1.")
@@ -169,6 +171,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if any(entry.compress_type not in COMPRESSIONS for entry in entries):
+                raise ValueError("compressed as NumPy never does")
             if sum(entry.file_size for entry in entries) > MAX_BYTES:
                 raise InputError(f"{path} would unpack to more than {MAX_BYTES >> 20} MiB.")
             return {
@@ -180,7 +184,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except (
-        OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
+        OSError, ValueError, EOFError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error
     ) as error:  # fmt: skip
         raise InputError(f"{path} is not a token file, or it is damaged.") from error
 

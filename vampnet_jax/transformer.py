@@ -14,6 +14,7 @@ from jax import lax
 
 from codec_bridge.errors import InputError
 from vampnet_jax.config import ModelConfig
+from vampnet_jax.keys import example_keys
 from vampnet_jax.lora import Adapters
 from vampnet_jax.products import product
 
@@ -70,9 +71,7 @@ def dropout_seeds(key: jax.Array, batch: int, config: ModelConfig) -> jax.Array:
       batch: B.
       config: gives L.
     """
-    keys = key
-    if key.ndim == 0:
-        keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch))
+    keys = example_keys(key, batch)
     shape = (config.n_layers, 4, 2)
     return jnp.moveaxis(jax.vmap(lambda k: jax.random.bits(k, shape))(keys), 0, 2)
 

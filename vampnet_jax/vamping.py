@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vampnet_jax import placement
+from vampnet_jax.keys import example_keys
 from vampnet_jax.model import Params
-from vampnet_jax.sampling import SamplingOptions, example_keys, generate
+from vampnet_jax.sampling import SamplingOptions, generate
 
 if TYPE_CHECKING:
     from vampnet_jax.release import Model, Stage

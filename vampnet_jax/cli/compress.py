@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         devices.keep_compiled_programs()
         with named_as_options(subjects=("device",)):
             devices.select(options.device)
-        compressor = Compressor.load(options.model)
+        codec_device = devices.of_codec(options.device)
+        compressor = Compressor.load(options.model, codec_device=codec_device)
         with StageBars() as bars:
             clip = pipeline.encode(compressor.model, audio, stereo=options.stereo, on_progress=bars)
             with named_as_options(["bitrate"], subjects=["codebooks", "period"]):

@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         devices.keep_compiled_programs()
         with named_as_options(subjects=("device",)):
             devices.select(options.device)
-        compressor = Compressor.load(options.model)
+        codec_device = devices.of_codec(options.device)
+        compressor = Compressor.load(options.model, codec_device=codec_device)
         codec = compressor.model.codec
         try:
             with named_as_options(["with_model"]):

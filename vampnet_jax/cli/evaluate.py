@@ -69,10 +69,16 @@ def main(argv: list[str] | None = None) -> int:
         devices.keep_compiled_programs()
         with named_as_options(subjects=("device",)):
             devices.select(options.device)
-        compressor = Compressor.load(options.model)
+        codec_device = devices.of_codec(options.device)
+        compressor = Compressor.load(options.model, codec_device=codec_device)
         n_coarse = compressor.model.coarse.config.n_codebooks
         paper = paper_experiments(n_coarse, compressor.n_codebooks)
         chosen = options.experiment if options.experiment or own else tuple(paper)
+        if both := sorted(own.keys() & set(chosen)):
+            raise InputError(
+                f"{options.config} has an experiment {both[0]!r}, and so has --experiment; rename "
+                "the first or leave out the second."
+            )
         conditions = baselines() + [c for name in chosen for c in paper[name]]
         conditions += [c for rows in own.values() for c in rows]
         with StageBars() as bars:

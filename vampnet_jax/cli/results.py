@@ -171,7 +171,7 @@ def read_record(path: Path) -> Record:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not a JSON file.") from None
     fields = {"options": (dict,), "input": (dict, type(None)), "mask": (dict, type(None))}
     fields["model"] = (dict,)

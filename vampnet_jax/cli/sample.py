@@ -125,9 +125,7 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
     devices.keep_compiled_programs()
     with named_as_options(subjects=("device",)):
         found = devices.select(options.device)
-    model = load(options.model)
-    if options.device == "cpu":
-        model.codec.device = "cpu"
+    model = load(options.model, codec_device=devices.of_codec(options.device))
     identity = {"name": model.name, **model.fingerprints}
     if record is not None and _weights(identity) != _weights(record.model):
         raise InputError(
@@ -169,6 +167,8 @@ def _run(job: Job, record: Record | None, results: Results) -> None:
                 say(
                     f"note: no {sort} found in {source.path}; that part of the prompt keeps nothing"
                 )
+            if source.path is not None and not made.replaced.any():
+                say(f"note: the prompt keeps all of {source.path}; nothing is new but the codec")
             content = _record(job, source, model, identity)
             for index in range(options.num_samples):
                 _write(job, source, model, clip, made, index, content, results, bars)
@@ -315,17 +315,25 @@ def _source(path: Path, options: Options, prompt: Prompt) -> Source:
     if path.suffix == ".npz":
         if options.pitch:
             raise InputError(f"--pitch needs audio, and {path} holds tokens.")
+        if options.stereo:
+            raise InputError(f"--stereo needs audio; {path} has as many channels as it has.")
         clip = tokens.read(path)
-        with named_as_options(ARGUMENTS):
-            prompt.check_duration(clip.n_samples / clip.sample_rate)
+        _check_duration(path, prompt, clip.n_samples / clip.sample_rate)
         return Source(path, clip, (clip.n_samples, clip.sample_rate))
     if path.suffix == ".vnt":
         raise InputError(f"{path} is a compressed file; make audio of it with vampnet decompress.")
     audio = _read_audio(path)
-    with named_as_options(ARGUMENTS):
-        prompt.check_duration(audio.seconds)
+    _check_duration(path, prompt, audio.seconds)
     length = (audio.samples.shape[1], audio.rate)
     return Source(path, None, length, audio if len(options.input) == 1 else None)
+
+
+def _check_duration(path: Path, prompt: Prompt, seconds: float) -> None:
+    try:
+        with named_as_options(ARGUMENTS):
+            prompt.check_duration(seconds)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _read_audio(path: Path) -> Audio:
@@ -345,6 +353,8 @@ def _check_against_model(job: Job, model: Model) -> None:
             source.clip.check(source.path, model.codec, n_codebooks)
         if job.options.mask is not None:
             n_frames = pipeline.frames_of_recording(model, *source.length)
+            if source.clip is not None:
+                n_frames = source.clip.tokens.shape[-1]
             tokens.read_mask(job.options.mask, n_codebooks, n_frames)
     for name in ("keep_codebooks", "upper_codebooks"):
         value = getattr(job.options, name)

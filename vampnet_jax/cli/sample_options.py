@@ -256,6 +256,10 @@ def _of_preset(options: Options, presets: Mapping[str, Prompt], n_codebooks: int
     if not any(given.get(name, getattr(base, name)) for name in ("beat", "beat_before")):
         refining = ("beat_every", "beat_downbeats", "beat_dropout")
         said = {k: v for k, v in said.items() if k not in refining}
+    frames = ("periodic", "prefix", "suffix", "onset", "beat", "beat_before")
+    kept = said | given
+    if not any(kept[name] for name in frames) and kept["random"] == 1:
+        said.pop("dropout", None)
     if said.get("upper_codebooks") is not None:
         said["upper_codebooks"] = min(said["upper_codebooks"], n_codebooks)
     if said.pop("regions", ()):
@@ -278,7 +282,13 @@ def _prompt_options(options: Options) -> dict[str, Any]:
 def prompt_of(options: Options) -> Prompt:
     """The prompt that the options ask for, of options with defaults filled in."""
     with named_as_options(ARGUMENTS):
-        return Prompt(**_prompt_options(options))
+        prompt = Prompt(**_prompt_options(options))
+    if prompt.dropout and not prompt.keeps_frames:
+        raise InputError(
+            "--dropout generates some of the frames that are kept, and this prompt keeps none; "
+            "say which it keeps, for example with --periodic."
+        )
+    return prompt
 
 
 def _left_out(value: object) -> bool:

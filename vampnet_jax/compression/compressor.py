@@ -47,9 +47,11 @@ class Compressor:
         self.table = uniform if table is None else table
 
     @classmethod
-    def load(cls, name_or_directory: str | os.PathLike = "tiny") -> "Compressor":
+    def load(
+        cls, name_or_directory: str | os.PathLike = "tiny", *, codec_device: str = "auto"
+    ) -> "Compressor":
         """With the model and, if it has one, its table of frequencies."""
-        model = load(name_or_directory)
+        model = load(name_or_directory, codec_device=codec_device)
         directory = resolve(name_or_directory)
         return cls(model, load_frequencies(directory, model.codec, pipeline.n_codebooks(model)))
 

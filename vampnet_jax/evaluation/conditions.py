@@ -26,6 +26,8 @@ from vampnet_jax.release import Model
 from vampnet_jax.sampling import SamplingOptions
 
 KINDS = ("vamp", "compress", "codec", "fine", "random", "opus")
+BITRATE_PLOT = "bitrate.png"
+"""Of all conditions that have a bitrate."""
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingOptions)}
 _PROMPT = {field.name for field in dataclasses.fields(Prompt)}
 _OWN = {"compress": {"codebooks", "period"}, "codec": {"codebooks"}, "opus": {"kbps"}}
@@ -149,12 +151,24 @@ def read_experiments(path: Path) -> dict[str, list[Condition]]:
         str(name): [_condition(path, str(name), row) for row in rows]
         for name, rows in experiments.items()
     }
+    plots = [plot_name(name) for name in read]
+    for name, plot in zip(read, plots, strict=True):
+        if plot == BITRATE_PLOT or plots.count(plot) > 1:
+            raise InputError(
+                f"{path}: the plot of experiment {name!r}, {plot}, would replace another; choose "
+                "another name."
+            )
     for name, conditions in read.items():
         names = [condition.name for condition in conditions]
         twice = next((x for x in names if names.count(x) > 1), None)
         if twice is not None:
             raise InputError(f"{path}: experiment {name!r} has two conditions named {twice!r}.")
     return read
+
+
+def plot_name(experiment: str) -> str:
+    """The file of its plot."""
+    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in experiment) + ".png"
 
 
 def _condition(path: Path, experiment: str, row: Any) -> Condition:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codec_bridge.atomic import atomic_write
+from vampnet_jax.evaluation.conditions import BITRATE_PLOT, plot_name
 from vampnet_jax.evaluation.intervals import Interval
 from vampnet_jax.evaluation.summary import Result, as_json
 
@@ -97,7 +98,7 @@ def _plots(folder: Path, results: list[Result]) -> list[str]:
             axes.set_yticks(range(len(rows)), [r.condition.name for r in rows])
             axes.invert_yaxis()
             axes.set_xlabel(measure)
-        made.append(_save(folder, f"{experiment}.png", figure))
+        made.append(_save(folder, plot_name(experiment), figure))
     with_bits = [r for r in results if "bitrate" in r.figures]
     if with_bits:
         figure = Figure(figsize=(6 * len(measures), 5), layout="constrained")
@@ -115,15 +116,14 @@ def _plots(folder: Path, results: list[Result]) -> list[str]:
             axes.set_xlabel("bits per second")
             axes.set_ylabel(measure)
         axes.legend()
-        made.append(_save(folder, "bitrate.png", figure))
+        made.append(_save(folder, BITRATE_PLOT, figure))
     return made
 
 
 def _save(folder: Path, name: str, figure: Any) -> str:
-    safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in name)
-    with atomic_write(folder / safe) as temporary:
+    with atomic_write(folder / name) as temporary:
         figure.savefig(temporary, dpi=110)
-    return safe
+    return name
 
 
 def _page(
