@@ -1,5 +1,6 @@
 """Excerpts of a run are a function of the seed and their number, for any number of processes."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +99,24 @@ def test_quiet_excerpts_are_drawn_again_and_silence_ends_after_eight_times(tmp_p
 
 
 def test_without_splits_one_track_in_twenty_is_held_out_by_its_name(tmp_path):
-    write_folder(tmp_path / "tokens", [30] * 40, splits=False)
+    write_folder(tmp_path / "tokens", [30], splits=False)
     manifest = read_manifest(tmp_path / "tokens")
-    train_tracks = {track.name for track in choose_tracks(manifest, "train")}
-    held_out = {track.name for track in choose_tracks(manifest, "validation")}
-    assert len(held_out) == 2
-    assert train_tracks | held_out == {track.name for track in manifest.tracks}
-    assert not train_tracks & held_out
+    (track,) = manifest.tracks
+
+    def held_out(*names):
+        tracks = tuple(dataclasses.replace(track, name=name) for name in names)
+        some = dataclasses.replace(manifest, tracks=tracks)
+        train, held = ({t.name for t in choose_tracks(some, s)} for s in ("train", "validation"))
+        assert train | held == set(names)
+        assert not train & held
+        return held
+
+    piano, cello = ([f"{name}/{n:03}" for n in range(200)] for name in ("piano", "cello"))
+    assert 4 <= len(held_out(*piano)) <= 18
+    assert held_out(*piano, *cello) == held_out(*piano) | held_out(*cello)
+    few = sorted(set(piano) - held_out(*piano))[:3]  # none of them by its own hash
+    assert len(held_out(*few)) == 1
+    assert held_out(few[0]) == set()
 
 
 def test_validation_excerpts_are_spread_over_every_source(tokens):

@@ -75,6 +75,21 @@ def test_attached_adapters_compute_what_merged_ones_do():
     assert_close(attached, merged)
 
 
+def test_what_is_merged_on_the_host_is_what_is_merged_under_jit():
+    params, adapters = base_params(), random_adapters(EVERYTHING)
+    merged = lora.merge_on_host(params, adapters, EVERYTHING)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(merged))
+    assert_close(merged, lora.merge(params, adapters, EVERYTHING))
+    np.testing.assert_array_equal(params["blocks"]["key"], base_params()["blocks"]["key"])
+    one = lora.LoraConfig(rank=1, targets=("up",))
+    pair = random_adapters(one)["up"]
+    by_hand = np.asarray(params["blocks"]["up"]) + np.float32(one.scale) * (
+        np.asarray(pair["a"])[..., 0][:, :, None, None] * np.asarray(pair["b"])
+    ).reshape(params["blocks"]["up"].shape)
+    again = lora.merge_on_host(params, {"up": pair}, one)["blocks"]["up"]
+    np.testing.assert_array_equal(again, by_hand)
+
+
 def test_new_adapters_change_nothing():
     params = base_params()
     adapters = lora.init(jax.random.key(0), MODEL, EVERYTHING)

@@ -79,7 +79,7 @@ def test_a_run_trains_the_adapters_that_were_asked_for_with_the_recipe_for_lora(
     assert set(adapters) == {"query", "down"}
     assert all(np.abs(pair["b"]).max() > 0 for pair in adapters.values())
     params, _ = load_run(folder / "run")
-    assert_same(params, lora.merge(base.params, adapters, config.lora))
+    assert_same(params, lora.merge_on_host(base.params, adapters, config.lora))
 
 
 def test_checkpoints_hold_adapters_and_not_the_model(folder):

@@ -76,7 +76,7 @@ def test_an_interrupted_copy_is_not_taken_for_a_whole_one(tokens, storage, monke
             remote.local(ADDRESS)
     copy = remote.local(ADDRESS)
     assert reader(copy).read(0, 0, 200)[0].shape == (3, 200)
-    assert not [path for path in copy.iterdir() if path.name.endswith(".tmp")]
+    assert {path.name for path in copy.iterdir() if path.name.startswith(".")} <= {".lock"}
 
 
 def test_what_is_no_token_folder_or_cannot_be_reached_is_one_sentence(tokens, storage, capsys):

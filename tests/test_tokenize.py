@@ -16,6 +16,7 @@ import codec_bridge
 from codec_bridge import InputError
 from vampnet_jax.cli import run as run_command
 from vampnet_jax.cli.tokenize import main as tokenize
+from vampnet_jax.training import tokenising
 from vampnet_jax.training.audio_files import assign_splits, find_audio
 from vampnet_jax.training.loudness import excerpt_loudness, frame_loudness
 from vampnet_jax.training.tokenising import Outcome, tokenise
@@ -154,6 +155,23 @@ def test_repeating_encodes_only_what_is_new_or_changed(music, tmp_path):
     for index, track in enumerate(manifest.tracks):
         found, _ = TrackReader(out, manifest, manifest.tracks).read(index, 0, track.frames)
         assert found.shape == (2, track.frames)
+
+
+def test_a_file_that_changes_while_others_are_encoded_is_encoded_again_next_time(
+    music, tmp_path, monkeypatch
+):
+    out, notes, pack = tmp_path / "tokens", tmp_path / "notes", tokenising._pack
+
+    def after_a_change(*arguments):
+        tone(music / "piano" / "one.wav", 5.0)
+        return pack(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenising, "_pack", after_a_change)
+        encode([music], out, notes)
+    again = encode([music], out, notes)
+    assert (again.encoded, again.unchanged) == (1, 2)
+    assert max(track.seconds for track in read_manifest(out).tracks) == 5.0
 
 
 def test_a_killed_run_continues_where_it_was(music, tmp_path):

@@ -1,5 +1,6 @@
 """What a person sees of a run: rates, where time goes, sounds and pictures."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from rich.console import Console
+from small_models import random_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import codec_bridge
@@ -166,8 +168,6 @@ SIZES += ["--batch-size=2", "--seed=1", "--warmup-steps=1"]
 
 
 def test_a_coarse_run_can_be_heard_through_a_fine_model(tokens, tmp_path, small_codec):
-    from small_models import random_model
-
     model, run = tmp_path / "model", tmp_path / "run"
     vampnet.save(random_model(small_codec), model)
     command = [str(tokens), "--out", str(run), "--n-codebooks=2", "--steps=2", *SIZES]
@@ -211,3 +211,11 @@ def test_listening_without_the_right_codec_or_model_is_refused_before_training(
     assert not out.exists()
     with pytest.raises(InputError, match="tiny is not the codec that made the tokens"):
         train([*command, "--listen-every=1", "--codec=tiny"])
+    model = random_model(small_codec)
+    embedding = model.fine.params["embedding"]
+    strange = embedding | {"codebooks": embedding["codebooks"][::-1]}
+    fine = model.fine._replace(params=model.fine.params | {"embedding": strange})
+    vampnet.save(dataclasses.replace(model, fine=fine), tmp_path / "strange")
+    codec = f"--codec={tokens.parent / 'codec.safetensors'}"
+    with pytest.raises(InputError, match="strange speaks the tokens of another codec"):
+        train([*command, "--listen-every=1", codec, f"--fine-model={tmp_path / 'strange'}"])

@@ -441,7 +441,7 @@ def test_a_dataset_that_vanishes_ends_with_one_sentence_and_the_run_continues_wh
 
 
 def test_token_frequencies_are_counted_once_and_again_only_for_other_tracks(
-    whole_run, tokens, tmp_path, monkeypatch
+    whole_run, tokens, tmp_path, monkeypatch, capsys
 ):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
@@ -454,8 +454,10 @@ def test_token_frequencies_are_counted_once_and_again_only_for_other_tracks(
     assert not counted
     other = tmp_path / "tokens"
     write_folder(other, [60, 60, 300])
+    capsys.readouterr()
     assert train([str(other), "--out", str(run), "--steps=8"]) == 0
     assert len(counted) == 1
+    assert "the training tracks are not those" in capsys.readouterr().out
 
 
 # --- options

@@ -174,9 +174,13 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tokens, tmp_path):
 
 def test_a_time_budget_ends_the_run_with_a_checkpoint(tokens, tmp_path):
     run = tmp_path / "run"
-    assert train([str(tokens), "--out", str(run), "--minutes=0.05", *SMALL]) == 0
+    options = ["--minutes=0.05", "--save-every=1", "--validate-every=100000"]
+    assert train([str(tokens), "--out", str(run), *options, *SMALL]) == 0
     assert load_run(run)[1].n_codebooks == 2
     assert read_run(run)[0].steps is None
+    checkpoints = Checkpoints(run, keep=2, read_only=True)
+    assert checkpoints._loss(checkpoints.steps[-1]) < math.inf  # the end is validated
+    checkpoints.close()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(tokens, tmp_path):
@@ -210,7 +214,41 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(capsys, tokens, whole_ru
     refuses(capsys, ["--out", tmp_path / "run", "--resume"], "no training run")
     refuses(capsys, ["--out", whole_run, "--resume", "--batch-size=9"], "--batch-size 4", "with 9")
     refuses(capsys, out, "folder of tokens")
+    refuses(capsys, [tokens, *out, "--codec", "tiny"], "--codec is for listening")
+    refuses(capsys, [tokens, *out, "--fine-model", "tiny"], "--fine-model is for listening")
+    refuses(capsys, [tokens, *out, "--topology", "v5e:2x2"], "--topology is for --compile-only")
+    cudnn = ["--attention=cudnn", "--dtype=bfloat16", "--dropout=0.1"]
+    refuses(capsys, [tokens, *out, *cudnn], "--dropout is 0.1, and cuDNN attention has none")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_out_of_a_folder_is_said(capsys, tokens, tmp_path):
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens, folder)
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    splits = {track["name"]: track for track in content["tracks"]}
+    for name, track in splits.items():
+        track["split"] = {"source0/0": "validation", "source0/2": "train"}.get(name)
+    splits["source1/3"]["split"] = "train"
+    path.write_text(json.dumps(content))
+    out = ["--out", tmp_path / "run", "--steps=1", *SMALL]
+    words = [str(word) for word in (folder, *out, "--window-seconds=15")]
+    assert train(words) == 0
+    shown = capsys.readouterr().out
+    assert "1 validation tracks shorter than 150 frames: left out" in shown
+    assert "2 tracks without a split, in a folder that has splits: left out" in shown
+    weighed = [folder, *out, "--window-seconds=30", "--source-weight", "source0=2"]
+    weighed[2] = tmp_path / "other"
+    refuses(capsys, weighed, "'source0' cannot be weighed: none of its training tracks is as long")
+    for track in splits.values():
+        track["split"] = track["split"] and "validation"
+    path.write_text(json.dumps(content))
+    refuses(
+        capsys,
+        [folder, "--out", tmp_path / "third", "--steps=1", *SMALL],
+        "has the split train (2 have none)",
+    )
 
 
 def test_damaged_or_foreign_token_folders_are_refused(capsys, tokens, whole_run, tmp_path):

@@ -67,7 +67,7 @@ def _stage(directory: Path, stage: str, description: dict[str, Any]) -> dict[str
     adapters, lora_config = kept
     if lora_config == pth_table.LORA:
         return pth.export(params, config, adapters)
-    return pth.export(lora.merge(params, adapters, lora_config), config)
+    return pth.export(lora.merge_on_host(params, adapters, lora_config), config)
 
 
 def _codec(directory: Path) -> dict[str, Any]:

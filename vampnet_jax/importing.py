@@ -106,6 +106,11 @@ def merge_lora(
 
     directory = Path(directory)
     release.check_free(directory, overwrite=overwrite)
+    if (Path(model) / "checkpoints").is_dir():
+        raise InputError(
+            f"{model} is a training run, not a model; make a model of it and the adapters with "
+            "vampnet import, which takes LoRA runs."
+        )
     whole = release.load(model)
     adapters: dict[str, tuple[lora.Adapters, lora.LoraConfig]] = {}
     for run in map(Path, runs):
@@ -126,7 +131,7 @@ def merge_lora(
     if not keep_lora:
         merged = {
             stage: getattr(whole, stage)._replace(
-                params=lora.merge(getattr(whole, stage).params, *pair)
+                params=lora.merge_on_host(getattr(whole, stage).params, *pair)
             )
             for stage, pair in adapters.items()
         }

@@ -99,8 +99,28 @@ def merge(params: dict, adapters: Adapters, lora: LoraConfig) -> dict:
     for name, pair in adapters.items():
         a = pair["a"].reshape(pair["a"].shape[0], -1, lora.rank)  # [L, in, r]
         b = pair["b"].reshape(pair["b"].shape[0], lora.rank, -1)  # [L, r, out]
-        delta = jnp.einsum("Lir,Lro->Lio", a, b).reshape(blocks[name].shape)
+        delta = jnp.einsum("Lir,Lro->Lio", a, b, precision="highest").reshape(blocks[name].shape)
         blocks[name] = blocks[name] + lora.scale * delta
+    return {**params, "blocks": blocks}
+
+
+def merge_on_host(params: dict, adapters: Adapters, lora: LoraConfig) -> dict:
+    """As `merge`, in NumPy, with the same bits on every machine: for weights that are stored.
+
+    (Sums of products come in an order of their own on every device, and accelerators round them.)
+    """
+    params = jax.tree.map(np.asarray, params)
+    blocks = dict(params["blocks"])
+    for name, pair in adapters.items():
+        weights = np.array(blocks[name], np.float32)
+        a = np.asarray(pair["a"], np.float32).reshape(len(weights), -1, lora.rank)
+        b = np.asarray(pair["b"], np.float32).reshape(len(weights), lora.rank, -1)
+        for layer in range(len(weights)):
+            delta = np.zeros((a.shape[1], b.shape[2]), np.float32)
+            for rank in range(lora.rank):
+                delta += a[layer, :, rank, None] * b[layer, rank]
+            weights[layer] += np.float32(lora.scale) * delta.reshape(weights[layer].shape)
+        blocks[name] = weights
     return {**params, "blocks": blocks}
 
 

@@ -347,7 +347,7 @@ def read_stage(directory: Path, name: str, description: dict[str, Any]) -> Stage
     params = load_params(_existing(directory, f"{name}.safetensors"), config)
     kept = load_adapters(directory, name, description)
     if kept is not None:
-        params = jax.tree.map(np.asarray, lora.merge(params, *kept))
+        params = lora.merge_on_host(params, *kept)
     return Stage(params, config)
 
 

@@ -129,8 +129,8 @@ class TrainOptions:
     """Compile the step for the TPU pod of --topology, here, and say whether it fits (exit status 1:
     it does not). Needs no TPU, no --out, and no TOKENS: without, the published codec's sizes. With
     --lora-rank and no --lora-from, adapters of the preset's model."""
-    topology: str = "v5e:16x16"
-    """For --compile-only: v5e, v5p or v6e and its shape, such as v5p:8x8x4."""
+    topology: str | None = None
+    """For --compile-only: v5e, v5p or v6e and its shape, such as v5p:8x8x4 (default: v5e:16x16)."""
 
 
 ASKED = (
@@ -147,6 +147,7 @@ ASKED = (
     "mesh",
 )
 """Options that are no settings of the training but say which run is meant, and from what."""
+DEFAULT_TOPOLOGY = "v5e:16x16"
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
 PATHS = {"out", "data", "codec"}
 """Of which errors give the value, which may be the same word."""
@@ -194,8 +195,11 @@ def _run(options: TrainOptions) -> int:
     if options.compile_only:
         devices.select("cpu")  # leaves this machine's own accelerators alone
         config, n_frames = begin.sizes(request)
-        fits = pod_check.check(config, n_frames, options.topology, options.mesh, Console())
+        topology = options.topology or DEFAULT_TOPOLOGY
+        fits = pod_check.check(config, n_frames, topology, options.mesh, Console())
         return OK if fits else FAILED_CHECK
+    if options.topology is not None:
+        raise InputError("--topology is for --compile-only; give that too, or leave it out.")
     distributed.connect()
     devices.keep_compiled_programs()  # a run that is continued starts sooner
     run = begin.begin(request)

@@ -1,6 +1,7 @@
 """The audio files of a folder: their names as tracks, their sources and splits."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -22,8 +23,9 @@ class AudioFile:
     source: str
     split: str | None = None
 
+    @functools.cached_property
     def stamp(self) -> tuple[int, int]:
-        """Size in bytes and time of change in seconds."""
+        """Size in bytes and time of change in seconds, when first asked for: before it is read."""
         status = self.path.stat()
         return status.st_size, int(status.st_mtime)
 

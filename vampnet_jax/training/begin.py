@@ -41,7 +41,6 @@ MAY_CHANGE = {
     "minutes",
     "log_every",
     "validate_every",
-    "validation_excerpts",
     "save_every",
     "save_minutes",
     "keep",
@@ -134,12 +133,20 @@ def begin(request: Request) -> Run:
             run = _begin(request, out)
         except InputError as problem:
             error = problem
-    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+    first_failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+    if run is None and not first_failed:
+        try:
+            run = continued(Request(data=request.data, mesh=request.mesh), out)
+        except InputError as problem:
+            error = problem
+    # All leave together: one that goes alone would keep the others waiting.
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(error is not None)))
     if error is not None:
         raise error
-    if failed:
-        raise InputError("Process 0 could not begin the run; its message says why.")
-    return run or continued(Request(data=request.data, mesh=request.mesh), out)
+    if len(failed):
+        raise InputError(f"Process {failed[0]} could not begin the run; its message says why.")
+    assert run is not None
+    return run
 
 
 def _begin(request: Request, out: Path) -> Run:
@@ -363,6 +370,11 @@ def _absolute(source: str | None) -> str | None:
 def _listening(
     config: TrainConfig, options: ListeningOptions, data: TrainingData
 ) -> Listening | None:
+    if not config.listen_every:
+        for name, value in dataclasses.asdict(options).items():
+            if value is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is for listening to the run; give --listen-every too.")
     if not config.listen_every or data.validation is None or jax.process_index() != 0:
         return None
     return Listening(options, config, data.validation, data.window)

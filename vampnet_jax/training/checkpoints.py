@@ -293,8 +293,7 @@ def read_weights(run_dir: str | Path, *, step: int | None = None) -> tuple[Param
         return params, config.model
     from vampnet_jax.training.initial import load_adapted
 
-    merged = lora.merge(load_adapted(facts), params, config.lora)
-    return jax.tree.map(np.asarray, merged), config.model
+    return lora.merge_on_host(load_adapted(facts), params, config.lora), config.model
 
 
 def load_adapters(

@@ -121,6 +121,11 @@ class TrainConfig:
         for name in ("steps", "minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.model.attention == "cudnn" and self.model.dropout > 0:
+            raise InputError(
+                f"dropout is {self.model.dropout:g}, and cuDNN attention has none on its weights; "
+                "set it to 0, or attention to xla."
+            )
         if self.skip_spikes and not 1 < self.skip_spikes < math.inf:
             raise InputError(
                 f"skip_spikes is {self.skip_spikes}; it must be above 1, or 0 for off."

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import grain.python as grain
 import numpy as np
@@ -30,25 +30,40 @@ ENDLESS = 2**60
 def choose_tracks(manifest: Manifest, split: str) -> list[Track]:
     """The tracks of `train` or `validation`.
 
-    In a folder without splits, one in twenty tracks (at least one, if there are two or more) is
-    held out for validation: those whose names have the smallest hash.
+    In a folder without splits, about one track in twenty is held out for validation: those whose
+    names have a hash in the lowest twentieth, so that a track stays where it is when others come.
+    If there is none, it is that of the lowest hash, if there are two tracks or more.
     """
     if any(track.split for track in manifest.tracks):
         return [track for track in manifest.tracks if track.split == split]
-    ranked = sorted(manifest.tracks, key=lambda t: hashlib.sha256(t.name.encode()).digest())
-    held_out = max(1, round(HELD_OUT * len(ranked))) if len(ranked) > 1 else 0
-    names = {track.name for track in ranked[:held_out]}
+    hashes = {t.name: hashlib.sha256(t.name.encode()).digest() for t in manifest.tracks}
+    limit = int(HELD_OUT * 2**32).to_bytes(4, "big")
+    names = {name for name, digest in hashes.items() if digest < limit}
+    if not names or len(names) == len(hashes):
+        names = {min(hashes, key=hashes.__getitem__)} if len(hashes) > 1 else set()
     return [track for track in manifest.tracks if (track.name in names) == (split == "validation")]
 
 
-def check_weights(weights: Mapping[str, float], tracks: Sequence[Track]) -> None:
+def check_weights(
+    weights: Mapping[str, float], tracks: Sequence[Track], all_sources: Collection[str] = ()
+) -> None:
     """Check the weights of sources.
+
+    Args:
+      weights: by source.
+      tracks: those that are trained on.
+      all_sources: those of shorter tracks, too.
 
     Raises:
       InputError: a weight of an unknown source, or below 0 or not finite, or none above 0.
     """
     sources = sorted({track.source for track in tracks})
     for source, weight in weights.items():
+        if source in all_sources and source not in sources:
+            raise InputError(
+                f"Source {source!r} cannot be weighed: none of its training tracks is as long as a "
+                "window."
+            )
         if source not in sources:
             known = ", ".join(sources)
             raise InputError(f"There is no source {source!r} to weigh; there are: {known}.")
@@ -251,10 +266,10 @@ def fixed_excerpts(
 ) -> tuple[np.ndarray, list[str]]:
     """Evenly spaced excerpts, the same every time, each source with its share of the seconds.
 
-    Every source has at least one if `count` allows.
+    Every source has at least one, even if there are then more than `count`.
 
     Returns:
-      tokens int32 `[count, C, window]` and the source of each.
+      tokens int32 `[count or more, C, window]` and the source of each.
     """
     by_source: dict[str, list[int]] = {}
     for index, track in enumerate(reader.tracks):
@@ -274,7 +289,7 @@ def fixed_excerpts(
 
 
 def _shares(amounts: Sequence[int], count: int) -> list[int]:
-    """Divide `count` in proportion to the amounts, each at least one where there are enough."""
+    """Divide `count` in proportion to the amounts, but each is at least one."""
     total = sum(amounts)
     shares = [max(1, int(count * amount / total)) for amount in amounts]
     while sum(shares) != count and (sum(shares) < count or max(shares) > 1):

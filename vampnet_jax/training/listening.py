@@ -78,7 +78,12 @@ class Listening:
                     f"codebooks and this run makes {self.config.n_codebooks}; they do not belong "
                     "together."
                 )
-        self.tokens, _ = fixed_excerpts(reader, n_codebooks, window, EXCERPTS)
+            spoken = fine.params["embedding"]["codebooks"]
+            if not np.array_equal(spoken, np.asarray(self.codec.codebooks)[: len(spoken)]):
+                raise InputError(
+                    f"{options.fine_model} speaks the tokens of another codec than {options.codec}."
+                )
+        self.tokens = fixed_excerpts(reader, n_codebooks, window, EXCERPTS)[0][:EXCERPTS]
         shape = self.tokens.shape
         self.prompts = {
             "inpainting": masks.inpaint(shape, window // 4, window // 4),

@@ -61,8 +61,8 @@ class TrainingData(NamedTuple):
     train: TrackReader
     validation: TrackReader | None
     """None where no validation track is as long as a window."""
-    too_short: int
-    """Training tracks that are left out because they are shorter than a window."""
+    left_out: tuple[str, ...]
+    """What is not used of the folder, and why, in a few words each."""
 
 
 def open_data(config: TrainConfig, folder: Path) -> TrainingData:
@@ -74,9 +74,25 @@ def open_data(config: TrainConfig, folder: Path) -> TrainingData:
     manifest = read_manifest(folder)
     codebooks = read_codebooks(folder, manifest.codec)
     window = manifest.codec.frames(config.window_seconds)
-    tracks, too_short = long_enough(choose_tracks(manifest, "train"), window, "training")
-    check_weights(dict(config.source_weights), tracks)
-    held_out = [t for t in choose_tracks(manifest, "validation") if t.frames >= window]
+    for_training, for_validation = (
+        choose_tracks(manifest, split) for split in ("train", "validation")
+    )
+    undecided = [track for track in manifest.tracks if track.split is None]
+    if undecided and len(undecided) == len(manifest.tracks):
+        undecided = []  # a folder without splits, which is divided by names
+    if not for_training:
+        raise InputError(
+            f"No track in {folder} has the split train ({len(undecided)} have none); tokenise with "
+            "--split train or --split-file."
+        )
+    tracks, too_short = long_enough(for_training, window, "training")
+    check_weights(dict(config.source_weights), tracks, {t.source for t in for_training})
+    held_out = [track for track in for_validation if track.frames >= window]
+    numbers = {
+        f"training tracks shorter than {window} frames": too_short,
+        f"validation tracks shorter than {window} frames": len(for_validation) - len(held_out),
+        "tracks without a split, in a folder that has splits": len(undecided),
+    }
     return TrainingData(
         folder=folder,
         manifest=manifest,
@@ -84,7 +100,7 @@ def open_data(config: TrainConfig, folder: Path) -> TrainingData:
         window=window,
         train=TrackReader(folder, manifest, tracks),
         validation=TrackReader(folder, manifest, held_out) if held_out else None,
-        too_short=too_short,
+        left_out=tuple(f"{number} {what}" for what, number in numbers.items() if number),
     )
 
 
@@ -141,7 +157,7 @@ def train(
 
     # --- state
     with reading(data.folder):
-        frequencies = kept_frequencies(run, data.train)
+        frequencies, counted_anew = kept_frequencies(run, data.train)
     checkpoints = Checkpoints(run, config.keep, config.milestone_every)
     restored = checkpoints.restore(config, layout.shardings(abstract_state(config)))
     if restored is None:
@@ -153,6 +169,12 @@ def train(
         state, seconds_before = restored.state, restored.seconds
         if not np.array_equal(state.codebooks, data.codebooks[: model.n_codebooks]):
             raise InputError(f"{run} was trained with another codec than these tokens.")
+        if counted_anew:
+            console.print(
+                "note: the training tracks are not those that this run had before; from here on it "
+                "draws other excerpts",
+                soft_wrap=True,
+            )
         for step, problem in restored.damaged.items():
             console.print(
                 f"warning: checkpoint {step} is damaged ({problem}) and was moved to "
@@ -229,12 +251,12 @@ def _announce(
         soft_wrap=True,
     )
     console.print(f"MFU is the share of {peak.source}", soft_wrap=True)
-    if data.too_short:
-        console.print(
-            f"{data.too_short} training tracks shorter than {data.window} frames: left out"
-        )
+    for what in data.left_out:
+        console.print(f"{what}: left out", soft_wrap=True)
     if not data.validation:
         console.print("no validation track is as long as a window: the loss will not be validated")
+        if config.listen_every:
+            console.print("nor will anything be heard (--listen-every)")
 
 
 class _Loop:
@@ -277,7 +299,8 @@ class _Loop:
         config = self.config
         listens = config.listen_every
         first = self.step + 1
-        while (done := config.done(self.step, self.clock.seconds)) < 1:
+        done = config.done(self.step, self.clock.seconds)
+        while done < 1:
             ending = wanted(self.step)
             if ending is not None:
                 self.save()
@@ -294,14 +317,13 @@ class _Loop:
             if self.step % config.log_every == 0:
                 settle(self.state)
                 self.clock.agree()
-            if self.step % config.validate_every == 0 or self.step == config.steps:
+            done = config.done(self.step, self.clock.seconds)
+            if self.step % config.validate_every == 0 or done >= 1:
                 self.validate_and_save()
             elif self.save_is_due():
                 self.save()
             if self.data.validation and listens and self.step % listens == 0:
                 self.listen()
-        if self.saved_step != self.step:
-            self.validate_and_save()
         self.log.say(f"finished after step {self.step}, {self.clock.seconds / 60:.1f} minutes")
         return Ending.FINISHED
 
@@ -344,9 +366,10 @@ class _Loop:
             problem = f"The loss or its gradient is not a finite number at step {step}"
         kept = self.checkpoints.steps
         last = f"the last good state is step {kept[-1]}" if kept else "nothing was saved yet"
-        raise InputError(
-            f"{problem}; {last}. Try a learning rate below {self.config.learning_rate:g}."
-        )
+        advice = f"a learning rate below {self.config.learning_rate:g} and another --out"
+        if kept:
+            advice += f", perhaps from there: --init-from {self.run}"
+        raise InputError(f"{problem}; {last}. Train with {advice}.")
 
     def validate_and_save(self) -> None:
         if self.validation is None:

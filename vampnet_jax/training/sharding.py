@@ -215,7 +215,7 @@ def plan(
             f"A batch of {batch_size} cannot be divided into {parts} equal parts "
             f"({sizes['data'] * sizes['fsdp']} for the devices"
             f"{f', {accumulate} to accumulate' if accumulate > 1 else ''}); set batch_size to "
-            f"{f'{lower} or ' if lower else ''}{lower + parts}."
+            f"{f'{lower} or ' if lower else ''}{lower + parts}, or choose another mesh."
         )
     # Neighbours in this order are in one process, so a process has consecutive rows of a batch.
     devices.sort(key=lambda device: (device.process_index, device.id))

@@ -234,11 +234,11 @@ def _strangers(out: Path) -> Iterator[Path]:
 
 
 def _is_known(file: AudioFile, track: Track | None) -> bool:
-    return track is not None and (track.file_bytes, track.file_modified) == file.stamp()
+    return track is not None and (track.file_bytes, track.file_modified) == file.stamp
 
 
 def _part(out: Path, file: AudioFile, info: CodecInfo) -> Path:
-    identity = json.dumps([file.name, *file.stamp(), info.fingerprint])
+    identity = json.dumps([file.name, *file.stamp, info.fingerprint])
     return out / PARTS / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".safetensors")
 
 
@@ -251,7 +251,7 @@ def _encode_all(
 ) -> dict[str, str]:
     """Write the part of every file; returns why some could not be."""
     skipped: dict[str, str] = {}
-    todo = sorted(todo, key=lambda pair: -pair[0].stamp()[0])  # no long one left for the end
+    todo = sorted(todo, key=lambda pair: -pair[0].stamp[0])  # no long one left for the end
     workers = min(workers, len(todo))
     threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang
@@ -347,7 +347,7 @@ def _pack(out: Path, ready: Sequence[tuple[AudioFile, Path]], host: Host | None)
 
 def _placed(file: AudioFile, part: Path, shard: str, record: int) -> tuple[Track, list[bytes]]:
     tensors = safetensors.numpy.load_file(part)
-    file_bytes, file_modified = file.stamp()
+    file_bytes, file_modified = file.stamp
     track = Track(
         name=file.name,
         source=file.source,
