@@ -286,3 +286,14 @@ def test_reading_needs_less_than_one_and_a_half_times_the_files_memory(tmp_path)
     command = [sys.executable, "-c", MEASURE, GOLDEN / "coarse.pth", path, GOLDEN / "codec.pth"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 1.5 * path.stat().st_size
+
+
+def test_what_a_file_says_is_shown_short_however_large_it_is():
+    """A small pickle can hold a list of lists of lists whose text would fill the memory."""
+    from vampnet_jax.pth import _shown
+
+    value = "x" * 10
+    for _ in range(12):
+        value = [value] * 10
+    assert len(_shown(value)) <= 80
+    assert _shown("embedding.\nweight\x00") == "embedding. weight?"

@@ -297,7 +297,8 @@ def _numpy(tensor: "torch.Tensor", key: str) -> np.ndarray:
 
 def _shown(value: object) -> str:
     """What a file says, fit for a message."""
-    text = " ".join(reprlib.repr(value).split())  # a nested value can be huge as a whole
+    text = value if isinstance(value, str) else reprlib.repr(value)  # which shortens nested ones
+    text = " ".join(text[:1000].split())
     return "".join(c if c.isprintable() else "?" for c in text[:80])
 
 
