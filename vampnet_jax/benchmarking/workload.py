@@ -251,6 +251,8 @@ class _Forward:
 
     def __call__(self) -> float:
         """Seconds of the passes of a batch of windows, from the mean of some; first it compiles."""
+        one = self._forward(self._params, self._tokens, self._bias)
+        jax.block_until_ready(one)  # the first after other work is slower; a stage has many
         before = time.perf_counter()
         # Started together, so that an accelerator does not wait for Python as it would for one.
         passes = [self._forward(self._params, self._tokens, self._bias) for _ in range(PASSES)]
