@@ -195,7 +195,7 @@ def loudness(audio: Audio) -> float:
         audio = resample(audio, 48000)  # the weighting filter rises up to 4 kHz
     with np.errstate(divide="ignore"):
         return float(
-            pyloudnorm.Meter(audio.rate).integrated_loudness(audio.samples.T.astype(float))
+            pyloudnorm.Meter(audio.rate).integrated_loudness(np.asarray(audio.samples.T, float))
         )
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -183,6 +184,15 @@ def test_resampling_keeps_pitch_level_and_duration(old, new):
     assert abs(converted.seconds - signal.seconds) < 2 / new
     assert abs(main_frequency(converted) - 440) < 2
     assert abs(np.std(converted.samples) / np.std(signal.samples) - 1) < 0.01
+
+
+def test_what_a_codec_decodes_has_a_loudness_too():
+    """It is an array of JAX."""
+    rate = 8000
+    tone = 0.1 * np.sin(np.arange(rate, dtype=np.float32))[None]
+    plain, traced = (audio.Audio(samples, rate) for samples in (tone, jnp.asarray(tone)))
+    assert audio.loudness(traced) == pytest.approx(audio.loudness(plain))
+    assert audio.normalise(traced)[1] == pytest.approx(audio.normalise(plain)[1])
 
 
 def test_audio_that_would_fill_the_memory_is_not_resampled(monkeypatch):

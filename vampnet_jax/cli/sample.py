@@ -316,7 +316,9 @@ def _source(path: Path, options: Options, prompt: Prompt) -> Source:
         if options.pitch:
             raise InputError(f"--pitch needs audio, and {path} holds tokens.")
         if options.stereo:
-            raise InputError(f"--stereo needs audio; {path} has as many channels as it has.")
+            raise InputError(
+                f"--stereo needs audio; {path} holds tokens, which keep their channels."
+            )
         clip = tokens.read(path)
         _check_duration(path, prompt, clip.n_samples / clip.sample_rate)
         return Source(path, clip, (clip.n_samples, clip.sample_rate))

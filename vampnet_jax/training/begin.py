@@ -123,6 +123,8 @@ def begin(request: Request) -> Run:
       InputError: anything does not fit, or the request forbids it.
     """
     out = request.out
+    if out is None and request.data is None:
+        raise InputError("Give the folder of tokens and, with --out, that of the run.")
     if out is None:
         raise InputError("Give the folder of the run with --out.")
     if jax.process_count() == 1:
