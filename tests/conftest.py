@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import jax
 import pytest
+
+# Commands keep compiled programs in the user's cache, which is not ours to fill nor to rely on. JAX
+# reads this when imported, so tests in this process keep none; those they start share a folder.
+_cache = tempfile.TemporaryDirectory(prefix="vampnet-jax-tests-", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
