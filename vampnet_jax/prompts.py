@@ -25,6 +25,10 @@ MAX_WHOLE = 10**9
 """The largest number of frames or codebooks; JAX counts them in 32 bits."""
 
 
+BY_TIME = ("periodic", "prefix", "suffix", "onset", "beat", "beat_before")
+"""Options that, if above 0, keep tokens by their time; so does random below 1."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """What to keep; everything else is generated. Without arguments it keeps nothing.
@@ -109,8 +113,7 @@ class Prompt:
     @property
     def keeps_frames(self) -> bool:
         """Whether it keeps any tokens by their time, if the clip has onsets and beats."""
-        spans = self.prefix or self.suffix or self.onset or self.follows_beats
-        return bool(self.periodic or spans or self.random < 1)
+        return self.random < 1 or any(getattr(self, name) for name in BY_TIME)
 
     @property
     def follows_beats(self) -> bool:

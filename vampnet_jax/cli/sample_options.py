@@ -12,7 +12,7 @@ from codec_bridge.errors import InputError
 from vampnet_jax import pipeline
 from vampnet_jax.cli.naming import named_as_options
 from vampnet_jax.pipeline import Edit
-from vampnet_jax.prompts import DEFAULT_PRESET, Prompt, preset
+from vampnet_jax.prompts import BY_TIME, DEFAULT_PRESET, Prompt, preset
 from vampnet_jax.release import presets as presets_of
 from vampnet_jax.release import read_description, sampling_defaults
 from vampnet_jax.sampling import SamplingOptions
@@ -256,9 +256,8 @@ def _of_preset(options: Options, presets: Mapping[str, Prompt], n_codebooks: int
     if not any(given.get(name, getattr(base, name)) for name in ("beat", "beat_before")):
         refining = ("beat_every", "beat_downbeats", "beat_dropout")
         said = {k: v for k, v in said.items() if k not in refining}
-    frames = ("periodic", "prefix", "suffix", "onset", "beat", "beat_before")
-    kept = said | given
-    if not any(kept[name] for name in frames) and kept["random"] == 1:
+    both = said | given
+    if not any(both[name] for name in BY_TIME) and both["random"] == 1:
         said.pop("dropout", None)
     if said.get("upper_codebooks") is not None:
         said["upper_codebooks"] = min(said["upper_codebooks"], n_codebooks)
