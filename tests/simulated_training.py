@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 STEPS, BATCH = 20, 16
 TARGETS = ("query", "key", "value", "out", "up", "down")
@@ -39,14 +40,22 @@ def start(
 
 def finish(*processes: subprocess.Popen) -> str:
     """Wait for all processes of a job; what the first printed."""
-    try:
-        outputs = [process.communicate(timeout=900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = wait(*processes)
     for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
+        assert process.returncode == 0, errors
+        assert "Exception ignored" not in errors
     return outputs[0][0]
+
+
+def wait(*processes: subprocess.Popen) -> list[tuple[str, str]]:
+    """What all processes of a job printed, and their errors; whatever their status is."""
+    # All are read at once: one whose pipe is full would wait, and the others for it.
+    with ThreadPoolExecutor(len(processes)) as readers:
+        try:
+            return list(readers.map(lambda process: process.communicate(timeout=900), processes))
+        finally:
+            for process in processes:
+                process.kill()
 
 
 def free_port() -> int:

@@ -113,7 +113,7 @@ def test_sigterm_to_one_of_two_processes_makes_both_save_the_same_step_and_one_c
             job[1].send_signal(signal.SIGTERM)
             break
         time.sleep(0.1)
-    shown = [process.communicate(timeout=1800) for process in job]
+    shown = simulated_training.wait(*job)
     assert [process.returncode for process in job] == [TRY_AGAIN, TRY_AGAIN], shown
     assert "stopped after step" in shown[0][0]
     assert "parameters" in shown[0][0]

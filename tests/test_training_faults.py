@@ -1,7 +1,9 @@
 """What may go wrong in a run and must not cost it: stops, damage, spikes, full disks, lost data."""
 
+import asyncio
 import dataclasses
 import errno
+import gc
 import math
 import os
 import resource
@@ -214,6 +216,34 @@ def test_whatever_the_reading_of_a_checkpoint_raises_the_one_before_is_used(
     assert "checkpoint 4 is damaged (ValueError: [/state] has no [end])" in shown
     assert "from step 2" in shown
     assert same_end(run, whole_run)
+
+
+def test_what_a_failed_read_left_unfinished_prints_nothing(whole_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    read = checkpoints._read
+
+    async def read_array() -> None:
+        try:
+            await asyncio.Future()
+        except BaseException as error:  # as Orbax does, when the coroutine is collected
+            raise RuntimeError("a page of text") from error
+
+    def leave_unfinished(reader, step, wanted):
+        if step < 6:
+            return read(reader, step, wanted)
+        loop = asyncio.new_event_loop()
+        unfinished = loop.create_task(read_array())
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        raise ValueError(f"damaged, and {unfinished} was not waited for")
+
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    monkeypatch.setattr(checkpoints, "_read", leave_unfinished)
+    assert train(["--out", str(run)]) == 0
+    gc.collect()
+    assert not printed
 
 
 def test_if_every_checkpoint_is_damaged_nothing_is_changed_and_the_run_does_not_begin_again(

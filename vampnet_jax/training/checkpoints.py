@@ -7,8 +7,10 @@ RUN/log.jsonl              one line of metrics per report
 RUN/tensorboard/           the same for TensorBoard
 """
 
+import gc
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -203,6 +205,8 @@ class Checkpoints:
                 restored = _read(reader, step, wanted)
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 problem = f"{type(error).__name__}: {brief(error)}"
+            if problem is not None:
+                _forget_unfinished_reads()
             problem = _of_any_process(problem)
             if problem is None:
                 assert restored is not None
@@ -330,6 +334,7 @@ def _read_trained(run: Path, step: int | None) -> tuple[TrainConfig, dict[str, A
                 return config, facts, checkpoints.read_params(config, chosen)
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 warnings.warn(f"{run}: checkpoint {chosen} cannot be read ({error})", stacklevel=2)
+            _forget_unfinished_reads()
         which = "No checkpoint" if step is None else f"Checkpoint {step}"
         raise InputError(f"{which} of {run} can be read; train on, or restore it from a copy.")
     finally:
@@ -362,6 +367,19 @@ def _read(reader: ocp.CheckpointManager, step: int, wanted: TrainState) -> tuple
         step, args=ocp.args.Composite(state=arguments, progress=ocp.args.JsonRestore())
     )
     return wanted._replace(**restored["state"]), float(restored["progress"]["seconds"])
+
+
+def _forget_unfinished_reads() -> None:
+    """Collect the reads that a failed one left unfinished, without what they print then.
+
+    Orbax reads all arrays at once; each that never finished would print a page when Python
+    collects it.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _largest(number: int) -> int:
